@@ -1,0 +1,154 @@
+"""YAML, `${ENV}` and `--set` overrides → `JobConfig`; every refusal names the field.
+
+This is one of the two modules that read environment variables.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from granite_ray.config.sections import JobConfig
+from granite_ray.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1_000_000
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read one YAML file, apply `section.key=value` overrides, and check everything.
+
+    Args:
+        path: The YAML file. Files that it names are looked for in its folder.
+        overrides: As given to `--set`; values are YAML.
+
+    Raises:
+        ConfigError: Naming the field, the value and the way out.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Config {path} cannot be read: {error.strerror}.") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"Config {path} has {len(text):,} bytes; at most {MAX_CONFIG_BYTES:,}.")
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"Config {path} must be a mapping of sections such as source and task.")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, path.parent)
+
+
+def parse_config(values: Mapping[str, Any], base_folder: Path = Path()) -> JobConfig:
+    """Turn plain data into a `JobConfig`; `${ENV}` in its strings is filled in.
+
+    Raises:
+        ConfigError: Naming the field, the value and the way out.
+    """
+    filled = _fill_variables(dict(values), "")
+    try:
+        return JobConfig.model_validate(filled, context={"base_folder": base_folder})
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from error
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config file, for editors."""
+    return JobConfig.model_json_schema(by_alias=True, mode="validation")
+
+
+def default_ray_address() -> str | None:
+    """Return the cluster that the environment names, as inside `ray job submit`."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can explode) and without doubled keys (one would be lost)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"line {mark.line + 1}: aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} stands twice in the mapping at line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: bytes | str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with two more refusals
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r} must be written section.key=value.")
+    place = values
+    for key in keys[:-1]:
+        below = place.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"--set {override!r}: {key} is not a section.")
+        place = below
+    place[keys[-1]] = _parse_yaml(text, f"--set {name}")
+
+
+def _fill_variables(value: Any, field: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill_variables(below, f"{field}.{key}") for key, below in value.items()}
+    if isinstance(value, list):
+        return [_fill_variables(below, f"{field}[{i}]") for i, below in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ConfigError(
+                f"{field.lstrip('.')} uses ${{{match[1]}}}, which is not set in the environment. "
+                f"Set it, or write ${{{match[1]}:-default}}."
+            )
+        return found
+
+    return VARIABLE.sub(fill, value)
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        field = _field_name(problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "there is no such key; check its spelling with `granite-ray schema`"
+        elif problem["type"] == "missing":
+            message = "this key is required"
+        elif not isinstance(problem["input"], dict):
+            message = f"{message} (it is {problem['input']!r})"
+        lines.append(f"{field}: {message}.")
+    return "\n".join(lines)
+
+
+def _field_name(location: tuple[int | str, ...]) -> str:
+    """Spell a field as the user does: without pydantic's union tags."""
+    kinds = {"summarize", "classify", "extract", "generate"}
+    parts: list[str] = []
+    for index, part in enumerate(location):
+        is_tag = (index == 1 and location[0] == "task" and part in kinds) or "[" in str(part)
+        if isinstance(part, int):
+            parts[-1:] = [f"{parts[-1]}[{part}]"] if parts else [str(part)]
+        elif not is_tag:
+            parts.append(part)
+    return ".".join(parts)

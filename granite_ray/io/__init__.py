@@ -1,0 +1,1 @@
+"""Everything that touches storage: the input snapshot, its rows, and the committed shards."""
