@@ -168,6 +168,17 @@ CHUNK_TYPE = pa.struct(
     ]
 )
 
+RAW_FIELDS = (
+    pa.field("document_id", pa.string()),  # null where the row has none
+    pa.field("text", pa.large_binary()),  # bytes as read; null where the row has none
+    pa.field("columns", pa.large_string()),  # JSON object of the columns that the prompt sees
+    pa.field("error_type", pa.string()),  # set where the row itself cannot be read
+    pa.field("error_message", pa.string()),
+    pa.field("source_file", pa.string()),
+    pa.field("source_row", pa.int64()),
+)
+"""One row as read, before anything is checked, in the order of the input; the kept columns follow."""
+
 PREPARED_FIELDS = (
     pa.field("document_id", pa.string()),
     pa.field("text", pa.large_string()),
