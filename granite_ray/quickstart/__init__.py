@@ -1,0 +1,1 @@
+"""The corpus and checkpoint that `quickstart` names in a config, and how they were made."""
