@@ -1,0 +1,28 @@
+"""Prompts → completions: one prefill together, then a token a step for whoever is still running."""
+
+from typing import Any
+
+import torch
+
+from granite_ray.engine.sampling import choose_tokens
+from granite_ray.engine.sequence import Sequence
+from granite_ray.engine.token_rows import TokenRows
+
+
+@torch.inference_mode()
+def finish_sequences(model: Any, sequences: list[Sequence]) -> None:
+    """Continue all sequences to their ends; each tells its caller as soon as it is there."""
+    running = sequences
+    rows = TokenRows(model, [sequence.request.prompt.token_ids for sequence in running])
+    while True:
+        token_ids = choose_tokens(rows.next_logits, running)
+        for sequence, token_id in zip(running, token_ids, strict=True):
+            sequence.append(token_id)
+        alive = [row for row, sequence in enumerate(running) if not sequence.is_finished]
+        if not alive:
+            return
+        if len(alive) < len(running):  # finished rows cost nothing from here on
+            rows.keep(alive)
+            running = [running[row] for row in alive]
+            token_ids = [token_ids[row] for row in alive]
+        rows.append(token_ids)

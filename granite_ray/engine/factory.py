@@ -1,0 +1,42 @@
+"""Config → a running engine. Torch is loaded only where the backend needs it."""
+
+from typing import Protocol
+
+from granite_ray.checkpoint import Checkpoint
+from granite_ray.config import EngineConfig, ModelConfig
+from granite_ray.engine.fake import FakeEngine
+from granite_ray.records import LLM
+from granite_ray.tokenizer import load_tokenizer
+
+
+class Engine(LLM, Protocol):
+    """An `LLM` with a life: it counts what reached the model, and it ends."""
+
+    num_calls: int
+    """Calls of `generate` and `score` that reached the model."""
+
+    def shutdown(self) -> None:
+        """End within a bounded time; whoever waits, and later calls, get InfrastructureError."""
+        ...
+
+
+def make_engine(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    engine: EngineConfig,
+    num_threads: int | None = None,
+) -> Engine:
+    """Build the engine that `engine.backend` names.
+
+    Args:
+        checkpoint: What to load; its `max_model_len` bounds every request.
+        model: How the weights are read.
+        engine: How the engine runs.
+        num_threads: CPU threads of one replica; by default torch decides.
+    """
+    tokenizer = load_tokenizer(checkpoint.path)
+    if engine.backend == "fake":
+        return FakeEngine(tokenizer, checkpoint.max_model_len, engine.fake_tokens_per_s)
+    from granite_ray.engine.reference import load_reference_engine  # loads torch
+
+    return load_reference_engine(checkpoint, tokenizer, model, engine, num_threads)
