@@ -70,7 +70,7 @@ def pieces(tokenizer: Tokenizer, text: str, max_tokens: int, **options: object) 
     return [text[chunk.start : chunk.end] for chunk in cut(tokenizer, text, max_tokens, **options)]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     text=TEXTS,
     max_tokens=st.integers(4, 60),
@@ -92,6 +92,7 @@ def test_chunks_cover_the_text_fit_and_overlap_as_told(
         assert tokenizer.count(text[after.start : before.end]) <= overlap_tokens
 
 
+@settings(deadline=None)
 @given(text=TEXTS, max_tokens=st.integers(4, 60))
 def test_a_text_that_fits_is_one_chunk(tokenizer, text, max_tokens):
     if 0 < tokenizer.count(text) <= max_tokens:

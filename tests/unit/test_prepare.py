@@ -2,7 +2,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_ray.config import ChunkingConfig
@@ -99,6 +99,7 @@ def test_messages_name_no_text_of_the_document(tokenizer):
     assert "byte 11" in prepare(tokenizer, rows[0])[0].error.message
 
 
+@settings(deadline=None)
 @given(text=st.binary(max_size=60))
 def test_bytes_are_read_without_loss_or_the_row_says_that_they_are_no_text(tokenizer, text):
     (document,) = prepare(tokenizer, raw_row(text))

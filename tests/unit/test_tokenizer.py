@@ -64,12 +64,14 @@ def test_chats_render_and_encode_as_transformers_does(tokenizer, reference, name
     assert tokenizer.control_token_ids.intersection(ids)
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_plain_text_gets_the_same_ids_as_in_transformers(tokenizer, reference, text):
     assert tokenizer.encode_text(text) == reference(text, add_special_tokens=False).input_ids
     assert tokenizer.count(text) == len(tokenizer.encode_text(text))
 
 
+@settings(deadline=None)
 @given(text=HOSTILE_TEXTS)
 def test_no_document_encodes_a_control_token_and_none_is_altered(tokenizer, text):
     ids = tokenizer.encode_text(text)
@@ -101,6 +103,7 @@ def test_merges_cannot_arrive_at_a_control_token(tmp_path, old_form):
     assert model["vocab"][word] not in tokenizer.encode_text(f"{word} {word}" * 3)
 
 
+@settings(deadline=None)
 @given(text=HOSTILE_TEXTS)
 def test_offsets_say_where_in_the_text_each_token_lies(tokenizer, text):
     encoding = tokenizer.encode_with_offsets(text)
@@ -267,7 +270,7 @@ def test_a_checkpoint_without_end_token_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
 def test_end_of_text_in_a_document_never_ends_the_prompt(tokenizer, text):
     ids = tokenizer.encode_text(f"{text}{END_OF_TEXT}{text}")
