@@ -3,20 +3,14 @@
 Paths are relative to the storage's root and use `/`. Nothing here knows what the files mean.
 """
 
-from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
+from granite_ray.errors import ConfigError
+from granite_ray.io.files import FileInfo, absolute
+from granite_ray.io.local import LocalStorage
+from granite_ray.io.s3 import S3Storage
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One file as listed.
-
-    `version` changes whenever the content is replaced: the etag on S3, `<size>-<mtime_ns>` locally.
-    """
-
-    path: str
-    size: int
-    version: str
+__all__ = ["FileInfo", "Storage", "absolute", "open_storage"]
 
 
 class Storage(Protocol):
@@ -27,10 +21,15 @@ class Storage(Protocol):
     """
 
     root: str
-    """The folder as the user spelled it; messages name it."""
+    """The folder in full, without a slash at its end; messages name it."""
+    num_retries: int
+    """Calls that this object had to repeat so far, in this process."""
 
     def list(self, folder: str = "", *, recursive: bool = True) -> list[FileInfo]:
-        """List files below `folder`, sorted by path; nothing hidden, [] if it does not exist."""
+        """List files below `folder`, sorted by path; [] if it does not exist.
+
+        Nothing below `folder` whose name, or whose folder's name, starts with "." or "_" is listed.
+        """
         ...
 
     def info(self, path: str) -> FileInfo:
@@ -38,7 +37,7 @@ class Storage(Protocol):
         ...
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for random reads."""
+        """Open a file for random reads; they all see the version that was opened, or fail."""
         ...
 
     def read(self, path: str) -> tuple[bytes, str]:
@@ -46,13 +45,17 @@ class Storage(Protocol):
         ...
 
     def put_if_absent(self, path: str, data: bytes | memoryview) -> None:
-        """Make the file appear whole, or raise FileExistsError where it exists already."""
+        """Make the file appear whole, or raise FileExistsError where it exists already.
+
+        FileExistsError can also mean that this very call has put it: the first answer was lost and
+        the call was repeated. Who must know compares the content.
+        """
         ...
 
     def replace(self, path: str, data: bytes, expected_version: str | None) -> str:
         """Compare-and-swap: replace the file only if it is at `expected_version` (None: absent).
 
-        Returns the new version; raises FileExistsError where another version is there.
+        Returns the new version; raises FileExistsError where another version is there, or none.
         """
         ...
 
@@ -63,4 +66,11 @@ class Storage(Protocol):
 
 def open_storage(path: str) -> Storage:
     """Return the storage whose root is `path`: `s3://bucket/folder`, or a local folder."""
-    raise NotImplementedError(path)
+    if path.startswith("s3://"):
+        return S3Storage(path)
+    if "://" in path:
+        raise ConfigError(
+            f"Path {path!r} is on a storage that is not known. Write s3://bucket/folder or a "
+            f"local folder."
+        )
+    return LocalStorage(path)
