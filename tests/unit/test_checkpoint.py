@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_MODEL_TYPES)
-def test_a_whole_checkpoint_opens_and_tells_its_facts(tmp_path, model_type):
+def test_a_whole_checkpoint_opens_and_tells_its_facts(tmp_path: Path, model_type: str) -> None:
     folder = write_checkpoint(tmp_path / "mine", model_type=model_type)
     checkpoint = open_folder(folder)
     assert (checkpoint.path, checkpoint.name) == (str(folder), "mine")
@@ -47,7 +48,7 @@ def test_a_whole_checkpoint_opens_and_tells_its_facts(tmp_path, model_type):
     assert pickle.loads(pickle.dumps(checkpoint)) == checkpoint
 
 
-def test_a_shorter_context_can_be_chosen_and_a_longer_one_is_refused(folder):
+def test_a_shorter_context_can_be_chosen_and_a_longer_one_is_refused(folder: Path) -> None:
     assert open_folder(folder, max_model_len=512).max_model_len == 512
     with pytest.raises(ConfigError, match=r"model\.max_model_len is 4097, more than the 4096"):
         open_folder(folder, max_model_len=4097)
@@ -56,7 +57,7 @@ def test_a_shorter_context_can_be_chosen_and_a_longer_one_is_refused(folder):
 # identity ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_identity_does_not_depend_on_the_place(folder, tmp_path):
+def test_the_identity_does_not_depend_on_the_place(folder: Path, tmp_path: Path) -> None:
     copy = write_checkpoint(tmp_path / "copy")
     assert open_folder(copy).identity == open_folder(folder).identity
     json.dumps(open_folder(folder).identity)
@@ -65,26 +66,26 @@ def test_the_identity_does_not_depend_on_the_place(folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 )
-def test_a_changed_file_changes_the_identity(folder, name):
+def test_a_changed_file_changes_the_identity(folder: Path, name: str) -> None:
     before = open_folder(folder).identity
     (folder / name).write_text((folder / name).read_text() + "\n")
     assert open_folder(folder).identity != before
 
 
-def test_other_end_tokens_change_the_identity(folder):
+def test_other_end_tokens_change_the_identity(folder: Path) -> None:
     before = open_folder(folder).identity
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
     assert open_folder(folder).identity != before
 
 
-def test_other_weights_in_the_same_shapes_change_the_identity(folder):
+def test_other_weights_in_the_same_shapes_change_the_identity(folder: Path) -> None:
     before = open_folder(folder).identity
     trained = np.arange(100_000, dtype=np.float32) * 1.001
     save_file({"a": trained}, folder / WEIGHTS, {"format": "pt"})
     assert open_folder(folder).identity != before
 
 
-def test_files_beside_the_checkpoint_do_not_change_its_identity(folder):
+def test_files_beside_the_checkpoint_do_not_change_its_identity(folder: Path) -> None:
     before = open_folder(folder).identity
     (folder / "README.md").write_text("hello")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -105,13 +106,15 @@ def test_files_beside_the_checkpoint_do_not_change_its_identity(folder):
         ({"vocab_size": 500}, "tokenizer has 7.. tokens, and vocab_size in config.json is 500"),
     ],
 )
-def test_a_config_that_we_do_not_run_is_refused(tmp_path, changes, message):
+def test_a_config_that_we_do_not_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     folder = write_checkpoint(tmp_path / "mine", **changes)
     with pytest.raises(ConfigError, match=rf"model\.path .*mine.*{message}"):
         open_folder(folder)
 
 
-def test_code_named_by_the_tokenizer_is_refused(folder):
+def test_code_named_by_the_tokenizer_is_refused(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {}}))
     with pytest.raises(ConfigError, match="auto_map"):
@@ -119,24 +122,24 @@ def test_code_named_by_the_tokenizer_is_refused(folder):
 
 
 @pytest.mark.parametrize("path", ["nowhere", "/no/such/folder", "./a/b/c"])
-def test_a_path_that_is_no_folder_is_refused(path):
+def test_a_path_that_is_no_folder_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .* is not a folder.*hub id.*quickstart"):
         open_checkpoint(ModelConfig(path=path))
 
 
-def test_a_folder_without_config_is_refused(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .* has no config\.json"):
         open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
-def test_a_config_that_is_no_json_object_is_refused_by_name(folder, content):
+def test_a_config_that_is_no_json_object_is_refused_by_name(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         open_folder(folder)
 
 
-def test_weights_are_asked_for_only_where_they_are_needed(folder):
+def test_weights_are_asked_for_only_where_they_are_needed(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     with pytest.raises(ConfigError, match="needs weights in safetensors files and has none"):
         open_folder(folder)
@@ -144,7 +147,7 @@ def test_weights_are_asked_for_only_where_they_are_needed(folder):
     assert open_folder(folder, weights_needed=False).identity["weights"] is None
 
 
-def test_pickled_weights_are_refused(folder):
+def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"only pytorch_model\.bin, which can run code"):
         open_folder(folder)
@@ -155,7 +158,7 @@ def _header(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("end", [0, 5, 40, -1])
-def test_weights_that_were_cut_off_are_refused_by_name(folder, end):
+def test_weights_that_were_cut_off_are_refused_by_name(folder: Path, end: int) -> None:
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(ConfigError, match=r"model\.safetensors is not a whole safetensors file"):
@@ -175,7 +178,7 @@ def test_weights_that_were_cut_off_are_refused_by_name(folder, end):
     ],
     ids=range(7),
 )
-def test_a_file_that_is_no_safetensors_is_refused_by_name(folder, content):
+def test_a_file_that_is_no_safetensors_is_refused_by_name(folder: Path, content: bytes) -> None:
     (folder / WEIGHTS).write_bytes(content)
     with pytest.raises(ConfigError, match=r"model\.safetensors is not a whole safetensors file"):
         open_folder(folder)
@@ -185,7 +188,7 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_an_index_says_which_files_are_the_weights(folder):
+def test_an_index_says_which_files_are_the_weights(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
     save_file({"b": np.zeros(3)}, folder / "adapter.safetensors")
     write_index(folder, {"a": "model-00001-of-00001.safetensors"})
@@ -193,13 +196,13 @@ def test_an_index_says_which_files_are_the_weights(folder):
 
 
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "../model.safetensors"])
-def test_an_index_that_names_a_missing_file_is_refused(folder, name):
+def test_an_index_that_names_a_missing_file_is_refused(folder: Path, name: str) -> None:
     write_index(folder, {"a": WEIGHTS, "b": name})
     with pytest.raises(ConfigError, match=rf"index\.json names {name}, which is missing"):
         open_folder(folder)
 
 
-def test_an_empty_index_is_refused(folder):
+def test_an_empty_index_is_refused(folder: Path) -> None:
     write_index(folder, {})
     with pytest.raises(ConfigError, match="names no file"):
         open_folder(folder)
@@ -232,14 +235,14 @@ def open_offline(home: Path) -> str:
     return done.stdout.strip()
 
 
-def test_a_hub_id_that_cannot_be_had_is_refused_with_the_ways_out(tmp_path):
+def test_a_hub_id_that_cannot_be_had_is_refused_with_the_ways_out(tmp_path: Path) -> None:
     message = open_offline(tmp_path)
     assert message.startswith("REFUSED model.path 'someone/granite-test' is no folder here")
     assert "hf auth login" in message
     assert "hf download someone/granite-test" in message
 
 
-def test_a_hub_id_that_was_fetched_before_opens_with_its_revision(tmp_path):
+def test_a_hub_id_that_was_fetched_before_opens_with_its_revision(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--someone--granite-test"
     revision = "0123456789" * 4
     write_checkpoint(repository / "snapshots" / revision)

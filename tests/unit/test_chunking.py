@@ -1,11 +1,12 @@
 import itertools
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_ray.chunking import Boundary, chunk_text
+from granite_ray.chunking import Boundary, Encoding, chunk_text
 from granite_ray.records import Chunk
 from granite_ray.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import write_tokenizer
@@ -61,12 +62,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(str(folder))
 
 
-def cut(tokenizer: Tokenizer, text: str, max_tokens: int, **options: object) -> list[Chunk]:
+def cut(tokenizer: Tokenizer, text: str, max_tokens: int, **options: Any) -> list[Chunk]:
     encode = tokenizer.encode_with_offsets
     return list(chunk_text(text, encode, max_tokens=max_tokens, **options))
 
 
-def pieces(tokenizer: Tokenizer, text: str, max_tokens: int, **options: object) -> list[str]:
+def pieces(tokenizer: Tokenizer, text: str, max_tokens: int, **options: Any) -> list[str]:
     return [text[chunk.start : chunk.end] for chunk in cut(tokenizer, text, max_tokens, **options)]
 
 
@@ -78,8 +79,8 @@ def pieces(tokenizer: Tokenizer, text: str, max_tokens: int, **options: object) 
     boundary=st.sampled_from(BOUNDARIES),
 )
 def test_chunks_cover_the_text_fit_and_overlap_as_told(
-    tokenizer, text, max_tokens, overlap_share, boundary
-):
+    tokenizer: Tokenizer, text: str, max_tokens: int, overlap_share: float, boundary: Boundary
+) -> None:
     overlap_tokens = int(max_tokens * overlap_share)
     chunks = cut(tokenizer, text, max_tokens, overlap_tokens=overlap_tokens, boundary=boundary)
     assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
@@ -94,16 +95,16 @@ def test_chunks_cover_the_text_fit_and_overlap_as_told(
 
 @settings(deadline=None)
 @given(text=TEXTS, max_tokens=st.integers(4, 60))
-def test_a_text_that_fits_is_one_chunk(tokenizer, text, max_tokens):
+def test_a_text_that_fits_is_one_chunk(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
     if 0 < tokenizer.count(text) <= max_tokens:
         assert pieces(tokenizer, text, max_tokens) == [text]
 
 
 @pytest.mark.parametrize("name", LONG_TEXTS)
-def test_the_work_grows_with_the_text_and_not_faster(tokenizer, name):
+def test_the_work_grows_with_the_text_and_not_faster(tokenizer: Tokenizer, name: str) -> None:
     text, num_encoded = LONG_TEXTS[name], 0
 
-    def encode(piece: str) -> object:
+    def encode(piece: str) -> Encoding:
         nonlocal num_encoded
         num_encoded += len(piece)
         return tokenizer.encode_with_offsets(piece)
@@ -113,10 +114,10 @@ def test_the_work_grows_with_the_text_and_not_faster(tokenizer, name):
     assert num_encoded < 6 * len(text)
 
 
-def test_a_text_that_fits_is_encoded_once(tokenizer):
+def test_a_text_that_fits_is_encoded_once(tokenizer: Tokenizer) -> None:
     seen = []
 
-    def encode(piece: str) -> object:
+    def encode(piece: str) -> Encoding:
         seen.append(piece)
         return tokenizer.encode_with_offsets(piece)
 
@@ -124,10 +125,10 @@ def test_a_text_that_fits_is_encoded_once(tokenizer):
     assert seen == ["A short text."]
 
 
-def test_only_as_much_is_encoded_as_chunks_are_asked_for(tokenizer):
+def test_only_as_much_is_encoded_as_chunks_are_asked_for(tokenizer: Tokenizer) -> None:
     seen = []
 
-    def encode(piece: str) -> object:
+    def encode(piece: str) -> Encoding:
         seen.append(len(piece))
         return tokenizer.encode_with_offsets(piece)
 
@@ -143,13 +144,13 @@ SECTIONS = [
 ]
 
 
-def test_headings_are_the_first_choice_where_asked_for(tokenizer):
+def test_headings_are_the_first_choice_where_asked_for(tokenizer: Tokenizer) -> None:
     text = "".join(SECTIONS)
     longest = max(tokenizer.count(section) for section in SECTIONS) + 6
     assert pieces(tokenizer, text, longest, boundary="heading") == SECTIONS
 
 
-def test_a_paragraph_is_the_next_finer_boundary(tokenizer):
+def test_a_paragraph_is_the_next_finer_boundary(tokenizer: Tokenizer) -> None:
     paragraphs = ["The dog does not mind at all.\n\n", "The fox is quick and brown.\n \n", "Short."]
     text = "".join(paragraphs)
     for boundary in ("heading", "paragraph"):
@@ -168,7 +169,9 @@ def test_a_paragraph_is_the_next_finer_boundary(tokenizer):
         ["first line without a stop\n", "second line of the table\n", "third"],
     ],
 )
-def test_a_sentence_is_not_divided_where_it_fits(tokenizer, sentences):
+def test_a_sentence_is_not_divided_where_it_fits(
+    tokenizer: Tokenizer, sentences: list[str]
+) -> None:
     text = "".join(sentences)
     longest = max(tokenizer.count(sentence) for sentence in sentences) + 1
     got = pieces(tokenizer, text, longest)
@@ -177,7 +180,7 @@ def test_a_sentence_is_not_divided_where_it_fits(tokenizer, sentences):
     assert set(itertools.accumulate(map(len, got))) <= starts
 
 
-def test_a_long_sentence_is_cut_between_words(tokenizer):
+def test_a_long_sentence_is_cut_between_words(tokenizer: Tokenizer) -> None:
     text = "the company was founded by three people in the city and it lasts to this day"
     for boundary in BOUNDARIES:
         got = pieces(tokenizer, text, 10, boundary=boundary)
@@ -185,32 +188,34 @@ def test_a_long_sentence_is_cut_between_words(tokenizer):
         assert [word for piece in got for word in piece.split()] == text.split()
 
 
-def test_chunks_by_tokens_are_filled(tokenizer):
+def test_chunks_by_tokens_are_filled(tokenizer: Tokenizer) -> None:
     text = "The dog. " * 200
     chunks = cut(tokenizer, text, 50, boundary="token")
     assert all(len(chunk.token_ids) >= 45 for chunk in chunks[:-1])
 
 
-def test_a_coarse_boundary_never_leaves_a_chunk_less_than_half_full(tokenizer):
+def test_a_coarse_boundary_never_leaves_a_chunk_less_than_half_full(tokenizer: Tokenizer) -> None:
     text = "# A\n" + "word " * 400
     first, *_ = cut(tokenizer, text, 100, boundary="heading")
     assert len(first.token_ids) >= 50
 
 
 @pytest.mark.parametrize("sign", ["e\u0301\u0323", "👨\u200d👩\u200d👧", "👍🏽", "\r\n", "❤\ufe0f"])
-def test_what_looks_like_one_sign_is_not_divided(tokenizer, sign):
+def test_what_looks_like_one_sign_is_not_divided(tokenizer: Tokenizer, sign: str) -> None:
     got = pieces(tokenizer, sign * 60, 3 * tokenizer.count(sign) - 1, boundary="token")
     assert len(got) > 10
     assert all(piece == sign * (len(piece) // len(sign)) for piece in got)
 
 
-def test_a_sign_longer_than_a_chunk_is_divided_all_the_same(tokenizer):
+def test_a_sign_longer_than_a_chunk_is_divided_all_the_same(tokenizer: Tokenizer) -> None:
     text = "e" + "\u0301" * 100
     assert unicodedata.category(text[1]) == "Mn"
     assert "".join(pieces(tokenizer, text, 5)) == text
 
 
-def test_an_overlap_begins_with_a_word_and_repeats_about_as_much_as_told(tokenizer):
+def test_an_overlap_begins_with_a_word_and_repeats_about_as_much_as_told(
+    tokenizer: Tokenizer,
+) -> None:
     text = "the company was founded by three people in the city and it lasts. " * 30
     chunks = cut(tokenizer, text, 60, overlap_tokens=20, boundary="token")
     for before, after in itertools.pairwise(chunks):
@@ -219,7 +224,7 @@ def test_an_overlap_begins_with_a_word_and_repeats_about_as_much_as_told(tokeniz
         assert 10 <= tokenizer.count(text[after.start : before.end]) <= 20
 
 
-def test_an_overlap_that_leaves_no_room_is_left_out(tokenizer):
+def test_an_overlap_that_leaves_no_room_is_left_out(tokenizer: Tokenizer) -> None:
     text = "ab😀" * 20
     chunks = cut(tokenizer, text, 4, overlap_tokens=2)
     assert chunks[-1].end == len(text)

@@ -119,7 +119,7 @@ def field_names(model: type[BaseModel], prefix: str = "") -> set[str]:
     return {prefix + (field.alias or name) for name, field in model.model_fields.items()}
 
 
-def test_every_field_of_the_config_has_a_decision():
+def test_every_field_of_the_config_has_a_decision() -> None:
     sections = {
         name: field.annotation for name, field in JobConfig.model_fields.items() if name != "task"
     }
@@ -131,14 +131,14 @@ def test_every_field_of_the_config_has_a_decision():
 
 
 @pytest.mark.parametrize("name", CHANGES_ANSWERS)
-def test_a_field_that_can_change_an_answer_changes_the_fingerprint(name):
+def test_a_field_that_can_change_an_answer_changes_the_fingerprint(name: str) -> None:
     assert fingerprint_of(make_config(**{name: CHANGES_ANSWERS[name]})) != fingerprint_of(
         make_config()
     )
 
 
 @pytest.mark.parametrize("name", CHANGES_NO_ANSWER)
-def test_a_field_that_cannot_change_an_answer_does_not(name):
+def test_a_field_that_cannot_change_an_answer_does_not(name: str) -> None:
     base = make_config(**{"source.id_column": "id"} if name == "source.on_duplicate" else {})
     assert fingerprint_of(make_config(**{name: CHANGES_NO_ANSWER[name]})) == fingerprint_of(base)
 
@@ -151,16 +151,16 @@ def test_a_field_that_cannot_change_an_answer_does_not(name):
         for name in sorted(field_names(model) - {"kind"})
     ],
 )
-def test_every_field_of_a_task_changes_the_fingerprint(kind, name):
+def test_every_field_of_a_task_changes_the_fingerprint(kind: str, name: str) -> None:
     changed = make_config(kind, **{f"task.{name}": TASK_CHANGES[name]})
     assert fingerprint_of(changed) != fingerprint_of(make_config(kind))
 
 
-def test_tasks_of_different_kinds_have_different_fingerprints():
+def test_tasks_of_different_kinds_have_different_fingerprints() -> None:
     assert len({fingerprint_of(make_config(kind)) for kind in TASKS}) == len(TASKS)
 
 
-def test_checkpoint_and_output_schema_are_part_of_it():
+def test_checkpoint_and_output_schema_are_part_of_it() -> None:
     config = make_config()
     other_schema = SCHEMA.append(pa.field("url", pa.string()))
     nested = SCHEMA.append(pa.field("url", pa.struct([pa.field("a", pa.int32())])))
@@ -173,19 +173,19 @@ def test_checkpoint_and_output_schema_are_part_of_it():
     assert len(set(prints)) == len(prints)
 
 
-def test_the_order_of_facts_about_the_checkpoint_and_metadata_do_not_count():
+def test_the_order_of_facts_about_the_checkpoint_and_metadata_do_not_count() -> None:
     config = make_config()
     reordered = dict(reversed(IDENTITY.items()))
     labelled = SCHEMA.with_metadata({"made": "today"})
     assert make_fingerprint(config, reordered, labelled) == fingerprint_of(config)
 
 
-def test_a_config_read_back_from_its_dump_has_the_same_fingerprint():
+def test_a_config_read_back_from_its_dump_has_the_same_fingerprint() -> None:
     for kind in TASKS:
         config = make_config(kind)
         again = JobConfig.model_validate(json.loads(json.dumps(config.dump())))
         assert fingerprint_of(again) == fingerprint_of(config)
 
 
-def test_it_is_a_sha256_in_hex():
+def test_it_is_a_sha256_in_hex() -> None:
     assert len(bytes.fromhex(fingerprint_of(make_config()))) == 32

@@ -69,13 +69,15 @@ def error_type(document: Document) -> str | None:
         (raw_row(None, error_type="invalid_json", error_message="Line 3."), "invalid_json"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told_in_this_order(tokenizer, row, expected):
+def test_what_is_wrong_with_a_row_is_told_in_this_order(
+    tokenizer: Tokenizer, row: dict[str, object], expected: str | None
+) -> None:
     (document,) = prepare(tokenizer, row, max_chunks=10)
     assert error_type(document) == expected
     assert bool(document.chunks) == (expected is None)
 
 
-def test_a_failed_row_keeps_its_place_its_columns_and_no_text(tokenizer):
+def test_a_failed_row_keeps_its_place_its_columns_and_no_text(tokenizer: Tokenizer) -> None:
     rows = [raw_row(t, source_row=i, columns='{"a": 1}') for i, t in enumerate(["x", b"\xff", "y"])]
     documents = prepare(tokenizer, *rows)
     assert [document.source_row for document in documents] == [0, 1, 2]
@@ -83,14 +85,14 @@ def test_a_failed_row_keeps_its_place_its_columns_and_no_text(tokenizer):
     assert all(document.columns == {"a": 1} for document in documents)
 
 
-def test_an_error_that_the_reader_found_is_kept_as_it_is(tokenizer):
+def test_an_error_that_the_reader_found_is_kept_as_it_is(tokenizer: Tokenizer) -> None:
     row = raw_row("Fine.", error_type="invalid_column", error_message="source.keep_columns: price.")
     (document,) = prepare(tokenizer, row)
     assert document.error.message == "source.keep_columns: price."
     assert document.text == ""
 
 
-def test_messages_name_no_text_of_the_document(tokenizer):
+def test_messages_name_no_text_of_the_document(tokenizer: Tokenizer) -> None:
     secret = "canary-7f3a"
     rows = [raw_row(secret.encode() + b"\xff"), raw_row(f"{secret} " * 2000)]
     for document in prepare(tokenizer, *rows, max_chunks=2):
@@ -101,7 +103,9 @@ def test_messages_name_no_text_of_the_document(tokenizer):
 
 @settings(deadline=None)
 @given(text=st.binary(max_size=60))
-def test_bytes_are_read_without_loss_or_the_row_says_that_they_are_no_text(tokenizer, text):
+def test_bytes_are_read_without_loss_or_the_row_says_that_they_are_no_text(
+    tokenizer: Tokenizer, text: bytes
+) -> None:
     (document,) = prepare(tokenizer, raw_row(text))
     try:
         wanted = text.decode("utf-8")
@@ -119,7 +123,7 @@ def test_bytes_are_read_without_loss_or_the_row_says_that_they_are_no_text(token
     "text",
     ["\ufefftext", "a\x00b", "a\r\nb\rc", "مرحبا", "😀 👨\u200d👩\u200d👧", "<|end_of_text|>"],
 )
-def test_odd_but_valid_text_stays_as_it_is(tokenizer, text):
+def test_odd_but_valid_text_stays_as_it_is(tokenizer: Tokenizer, text: str) -> None:
     (document,) = prepare(tokenizer, raw_row(text))
     (chunk,) = document.chunks
     assert document.text == text
@@ -128,7 +132,7 @@ def test_odd_but_valid_text_stays_as_it_is(tokenizer, text):
     assert not tokenizer.control_token_ids.intersection(chunk.token_ids)
 
 
-def test_a_long_text_is_cut_as_configured(tokenizer):
+def test_a_long_text_is_cut_as_configured(tokenizer: Tokenizer) -> None:
     (document,) = prepare(tokenizer, raw_row(LONG_TEXT), max_tokens=100, overlap_tokens=10)
     assert len(document.chunks) > 5
     assert document.chunks[-1].end == len(LONG_TEXT)
@@ -139,7 +143,7 @@ def test_a_long_text_is_cut_as_configured(tokenizer):
     assert document.chunks[1].start < document.chunks[0].end
 
 
-def test_a_document_fails_beyond_max_chunks_and_not_at_it(tokenizer):
+def test_a_document_fails_beyond_max_chunks_and_not_at_it(tokenizer: Tokenizer) -> None:
     (document,) = prepare(tokenizer, raw_row(LONG_TEXT), max_tokens=100)
     num_chunks = len(document.chunks)
     (at_limit,) = prepare(tokenizer, raw_row(LONG_TEXT), max_tokens=100, max_chunks=num_chunks)
@@ -149,14 +153,14 @@ def test_a_document_fails_beyond_max_chunks_and_not_at_it(tokenizer):
     assert "chunking.max_chunks" in beyond.error.message
 
 
-def test_a_document_of_10_mb_passes(tokenizer):
+def test_a_document_of_10_mb_passes(tokenizer: Tokenizer) -> None:
     text = "The documentation names a maintainer for each document.\n" * 180_000
     (document,) = prepare(tokenizer, raw_row(text), max_tokens=20_000, max_chunks=1000)
     assert document.error is None
     assert document.chunks[-1].end == len(text) > 10_000_000
 
 
-def test_many_rows_come_out_as_one_by_one(tokenizer):
+def test_many_rows_come_out_as_one_by_one(tokenizer: Tokenizer) -> None:
     texts = ["short", LONG_TEXT, None, "", b"\xff", "word " * 150, "x" * 5_000_000, "last"] * 20
     rows = [raw_row(text, source_row=i, document_id=f"d{i}") for i, text in enumerate(texts)]
     together = prepare(tokenizer, *rows, max_tokens=120)
@@ -164,7 +168,7 @@ def test_many_rows_come_out_as_one_by_one(tokenizer):
     assert together == alone
 
 
-def test_kept_columns_pass_unchanged_even_with_a_name_of_ours(tokenizer):
+def test_kept_columns_pass_unchanged_even_with_a_name_of_ours(tokenizer: Tokenizer) -> None:
     keep_fields = [
         pa.field("text", pa.string()),
         pa.field("tags", pa.list_(pa.int16()), nullable=False),
@@ -183,7 +187,7 @@ def test_kept_columns_pass_unchanged_even_with_a_name_of_ours(tokenizer):
     assert [document.text for document in documents_of(prepared)] == ["one", "", "three"]
 
 
-def test_slices_and_pieces_of_a_table_give_their_own_rows(tokenizer):
+def test_slices_and_pieces_of_a_table_give_their_own_rows(tokenizer: Tokenizer) -> None:
     raw = raw_table(*(raw_row(f"text {i}. " * (i * 9 + 1), source_row=i) for i in range(30)))
     in_pieces = pa.concat_tables([raw.slice(0, 7), raw.slice(7, 11), raw.slice(18)])
     whole = prepare_shard(raw, tokenizer, ChunkingConfig(), 50)
@@ -191,7 +195,7 @@ def test_slices_and_pieces_of_a_table_give_their_own_rows(tokenizer):
     assert documents_of(whole.slice(11, 9)) == documents_of(whole)[11:20]
 
 
-def test_no_rows_give_no_rows(tokenizer):
+def test_no_rows_give_no_rows(tokenizer: Tokenizer) -> None:
     prepared = prepare_shard(raw_table(), tokenizer, ChunkingConfig(), 100)
     assert prepared.schema == prepared_schema([])
     assert documents_of(prepared) == []
@@ -205,7 +209,7 @@ def content_hash(tokenizer: Tokenizer, text: object, **changes: object) -> str:
     return document.content_hash
 
 
-def test_the_hash_covers_text_and_prompt_columns_and_nothing_else(tokenizer):
+def test_the_hash_covers_text_and_prompt_columns_and_nothing_else(tokenizer: Tokenizer) -> None:
     base = content_hash(tokenizer, "text")
     assert len(bytes.fromhex(base)) == 16
     assert content_hash(tokenizer, "text", document_id="e", source_file="g", source_row=9) == base
@@ -220,7 +224,7 @@ def test_the_hash_covers_text_and_prompt_columns_and_nothing_else(tokenizer):
     assert len(others - {base}) == 6
 
 
-def test_text_cannot_pass_for_columns(tokenizer):
+def test_text_cannot_pass_for_columns(tokenizer: Tokenizer) -> None:
     first = content_hash(tokenizer, "b", columns="{}\n")
     assert content_hash(tokenizer, "\nb", columns="{}") != first
 
@@ -236,10 +240,12 @@ def test_text_cannot_pass_for_columns(tokenizer):
         ({"overlap_tokens": 51}, 100, "chunking.overlap_tokens is 51.*Choose at most 50"),
     ],
 )
-def test_limits_that_leave_no_room_are_refused(tokenizer, chunking, max_tokens, message):
+def test_limits_that_leave_no_room_are_refused(
+    tokenizer: Tokenizer, chunking: dict[str, int], max_tokens: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(tokenizer, raw_row("x"), max_tokens=max_tokens, **chunking)
 
 
-def test_the_smallest_limits_are_accepted():
+def test_the_smallest_limits_are_accepted() -> None:
     check_chunk_limits(ChunkingConfig(overlap_tokens=2), 4)

@@ -1,6 +1,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -54,7 +55,9 @@ def reference(folder: Path) -> object:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_chats_render_and_encode_as_transformers_does(tokenizer, reference, name):
+def test_chats_render_and_encode_as_transformers_does(
+    tokenizer: Tokenizer, reference: Any, name: str
+) -> None:
     messages, options = CHATS[name]
     wanted = {"add_generation_prompt": True, **options}
     text = tokenizer.render_chat(messages, **options)
@@ -66,21 +69,27 @@ def test_chats_render_and_encode_as_transformers_does(tokenizer, reference, name
 
 @settings(deadline=None)
 @given(text=TEXTS)
-def test_plain_text_gets_the_same_ids_as_in_transformers(tokenizer, reference, text):
+def test_plain_text_gets_the_same_ids_as_in_transformers(
+    tokenizer: Tokenizer, reference: Any, text: str
+) -> None:
     assert tokenizer.encode_text(text) == reference(text, add_special_tokens=False).input_ids
     assert tokenizer.count(text) == len(tokenizer.encode_text(text))
 
 
 @settings(deadline=None)
 @given(text=HOSTILE_TEXTS)
-def test_no_document_encodes_a_control_token_and_none_is_altered(tokenizer, text):
+def test_no_document_encodes_a_control_token_and_none_is_altered(
+    tokenizer: Tokenizer, text: str
+) -> None:
     ids = tokenizer.encode_text(text)
     assert not tokenizer.control_token_ids.intersection(ids)
     assert tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("token", CONTROL_TOKENS)
-def test_every_control_token_counts_in_a_template_and_is_text_in_a_document(tokenizer, token):
+def test_every_control_token_counts_in_a_template_and_is_text_in_a_document(
+    tokenizer: Tokenizer, token: str
+) -> None:
     (control_id,) = tokenizer.encode_template(token)
     assert control_id in tokenizer.control_token_ids
     for written in (token, f" {token}", token * 3, f"x{token}\n", token[:-1] + token):
@@ -88,7 +97,7 @@ def test_every_control_token_counts_in_a_template_and_is_text_in_a_document(toke
 
 
 @pytest.mark.parametrize("old_form", [False, True])
-def test_merges_cannot_arrive_at_a_control_token(tmp_path, old_form):
+def test_merges_cannot_arrive_at_a_control_token(tmp_path: Path, old_form: bool) -> None:
     write_tokenizer(tmp_path)
     definition = json.loads((tmp_path / "tokenizer.json").read_text())
     model, added = definition["model"], definition["added_tokens"]
@@ -105,7 +114,7 @@ def test_merges_cannot_arrive_at_a_control_token(tmp_path, old_form):
 
 @settings(deadline=None)
 @given(text=HOSTILE_TEXTS)
-def test_offsets_say_where_in_the_text_each_token_lies(tokenizer, text):
+def test_offsets_say_where_in_the_text_each_token_lies(tokenizer: Tokenizer, text: str) -> None:
     encoding = tokenizer.encode_with_offsets(text)
     assert encoding.ids == tokenizer.encode_text(text)
     for index, (start, end) in enumerate(encoding.offsets):
@@ -115,30 +124,32 @@ def test_offsets_say_where_in_the_text_each_token_lies(tokenizer, text):
         assert 0 <= start < end <= len(text)
 
 
-def test_many_texts_encode_as_one_by_one(tokenizer):
+def test_many_texts_encode_as_one_by_one(tokenizer: Tokenizer) -> None:
     texts = ["one", "", "two <|end_of_text|> words", "東京 😀"]
     assert tokenizer.encode_texts(texts) == [tokenizer.encode_text(text) for text in texts]
 
 
-def test_decoding_leaves_out_special_tokens_and_keeps_tool_calls(tokenizer, reference):
+def test_decoding_leaves_out_special_tokens_and_keeps_tool_calls(
+    tokenizer: Tokenizer, reference: Any
+) -> None:
     ids = tokenizer.encode_template('<|start_of_role|>x<tool_call>{"a": 1}</tool_call> , é')
     ids += tokenizer.eos_token_ids
     assert tokenizer.decode(ids) == 'x<tool_call>{"a": 1}</tool_call> , é'
     assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
-def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizer):
+def test_bytes_that_are_no_text_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
     first_of_four, *_ = tokenizer.encode_text("😀")
     assert tokenizer.decode([first_of_four]) == "\ufffd"
 
 
-def test_sizes_and_ids_agree_with_transformers(tokenizer, reference):
+def test_sizes_and_ids_agree_with_transformers(tokenizer: Tokenizer, reference: Any) -> None:
     assert tokenizer.vocab_size == len(reference)
     assert tokenizer.eos_token_ids == (reference.eos_token_id,)
     assert tokenizer.control_token_ids == set(reference.added_tokens_decoder)
 
 
-def test_a_pickled_tokenizer_is_small_and_encodes_the_same(tokenizer):
+def test_a_pickled_tokenizer_is_small_and_encodes_the_same(tokenizer: Tokenizer) -> None:
     data = pickle.dumps(tokenizer)
     assert len(data) < 1000
     assert pickle.loads(data).encode_text("Hello world") == tokenizer.encode_text("Hello world")
@@ -153,8 +164,8 @@ def test_a_pickled_tokenizer_is_small_and_encodes_the_same(tokenizer):
     ],
 )
 def test_end_tokens_come_from_generation_config_then_config_then_tokenizer(
-    tmp_path, files, expected
-):
+    tmp_path: Path, files: dict[str, Any], expected: tuple[int, ...]
+) -> None:
     write_tokenizer(tmp_path)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -172,12 +183,12 @@ def with_template(folder: Path, template: object) -> Tokenizer:
     return load_tokenizer(str(folder))
 
 
-def test_a_base_checkpoint_has_no_chat_template(tmp_path):
+def test_a_base_checkpoint_has_no_chat_template(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, chat=False)
     assert not load_tokenizer(str(tmp_path)).has_chat_template
 
 
-def test_a_template_file_goes_before_the_config(tmp_path):
+def test_a_template_file_goes_before_the_config(tmp_path: Path) -> None:
     with_template(tmp_path, "config")
     assert load_tokenizer(str(tmp_path)).render_chat([]) == "config"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
@@ -186,7 +197,7 @@ def test_a_template_file_goes_before_the_config(tmp_path):
     assert load_tokenizer(str(tmp_path)).render_chat([]) == "jinja"
 
 
-def test_of_several_templates_tools_choose_theirs(tmp_path):
+def test_of_several_templates_tools_choose_theirs(tmp_path: Path) -> None:
     named = [
         {"name": "default", "template": "plain"},
         {"name": "tool_use", "template": "with tools"},
@@ -207,7 +218,7 @@ def test_of_several_templates_tools_choose_theirs(tmp_path):
         "{{ tools is defined and tools }}{{ 'a' if documents }}{{ strftime_now('no date') }}",
     ],
 )
-def test_the_template_language_is_that_of_transformers(tmp_path, template):
+def test_the_template_language_is_that_of_transformers(tmp_path: Path, template: str) -> None:
     tokenizer = with_template(tmp_path, template)
     reference = AutoTokenizer.from_pretrained(tmp_path)
     messages = [USER, {"role": "assistant", "content": "<é>"}]
@@ -217,7 +228,7 @@ def test_the_template_language_is_that_of_transformers(tmp_path, template):
         )
 
 
-def test_a_template_that_asks_for_today_gets_a_fixed_date(tmp_path):
+def test_a_template_that_asks_for_today_gets_a_fixed_date(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ strftime_now('%Y-%m-%d') }}")
     assert tokenizer.render_chat([USER]) == PROMPT_DATE.date().isoformat()
 
@@ -226,22 +237,24 @@ def test_a_template_that_asks_for_today_gets_a_fixed_date(tmp_path):
     "template",
     ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no system') }}", "{{ messages + 1 }}"],
 )
-def test_what_a_template_refuses_or_must_not_do_is_a_config_error(tmp_path, template):
+def test_what_a_template_refuses_or_must_not_do_is_a_config_error(
+    tmp_path: Path, template: str
+) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .* chat template refuses"):
         with_template(tmp_path, template).render_chat([USER])
 
 
-def test_the_error_repeats_what_the_template_says(tmp_path):
+def test_the_error_repeats_what_the_template_says(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no system turn"):
         with_template(tmp_path, "{{ raise_exception('no system turn') }}").render_chat([USER])
 
 
-def test_a_template_that_is_not_jinja_is_refused_when_loaded(tmp_path):
+def test_a_template_that_is_not_jinja_is_refused_when_loaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid Jinja"):
         with_template(tmp_path, "{% for %}")
 
 
-def test_several_templates_without_a_default_are_refused(tmp_path):
+def test_several_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none named default"):
         with_template(tmp_path, [{"name": "rag", "template": "x"}])
 
@@ -249,13 +262,13 @@ def test_several_templates_without_a_default_are_refused(tmp_path):
 # refusals ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_folder_without_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json.*save_pretrained"):
         load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"added_tokens": [], "model": {}}'])
-def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, content):
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path: Path, content: str) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
     (tmp_path / "tokenizer.json").write_text(content)
@@ -263,7 +276,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, content):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_checkpoint_without_end_token_is_refused(tmp_path):
+def test_a_checkpoint_without_end_token_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match="no end-of-text token"):
@@ -272,6 +285,6 @@ def test_a_checkpoint_without_end_token_is_refused(tmp_path):
 
 @settings(max_examples=20, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
-def test_end_of_text_in_a_document_never_ends_the_prompt(tokenizer, text):
+def test_end_of_text_in_a_document_never_ends_the_prompt(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode_text(f"{text}{END_OF_TEXT}{text}")
     assert not set(tokenizer.eos_token_ids).intersection(ids)
