@@ -75,7 +75,7 @@ def test_missing_credentials_are_denied_access(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     with pytest.raises(StorageDeniedError, match="credentials"):
-        S3Storage(bucket).list()
+        S3Storage(bucket, RetryPolicy(max_attempts=3)).list()  # its own connection
 
 
 def test_a_server_that_is_away_is_given_up(monkeypatch: pytest.MonkeyPatch, bucket: str) -> None:
