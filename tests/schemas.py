@@ -91,7 +91,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "number_range": {"type": "number", "minimum": 0.25, "maximum": 1.5},
     "multiple_of": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100},
     "string_lengths": {"type": "string", "minLength": 3, "maxLength": 8},
-    "string_length_in_code_points": {"type": "string", "pattern": "^[α-ω🙂]+$", "maxLength": 4},
+    "string_length_in_code_points": {"type": "string", "pattern": "^[à-ÿ🙂]+$", "maxLength": 4},
     "string_pattern": {"type": "string", "pattern": "^(foo|bar)-[0-9]{2,4}$"},
     "string_pattern_unanchored": {"type": "string", "pattern": "[0-9]{3}", "maxLength": 20},
     "date": {"type": "string", "format": "date"},

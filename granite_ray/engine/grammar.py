@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from granite_ray.errors import ConfigError, RowFailure
@@ -50,9 +50,7 @@ class GrammarCompiler:
         return GrammarMatcher(self._compiled(grammar.json_schema).deep_copy(), self.vocab_size)
 
     def _compile(self, json_schema: str) -> LLMatcher:
-        # Errors must not quote the answer: it quotes the document.
-        limits = LLParserLimits(verbose_errors=False)
-        matcher = LLMatcher(self._tokenizer, _grammar_text(json_schema), limits=limits)
+        matcher = LLMatcher(self._tokenizer, _grammar_text(json_schema), log_level=0)
         if matcher.is_error():
             raise ConfigError(_refusal(matcher.get_error()))
         return matcher
@@ -83,9 +81,11 @@ class GrammarMatcher:
 
     def _raise_if_broken(self) -> None:
         if self._matcher.is_error():
+            # The library's own message quotes the answer, and the answer quotes the document.
             raise RowFailure(
                 "schema_violation",
-                f"the grammar of the schema gave up on this answer: {self._matcher.get_error()}",
+                f"the grammar cannot follow this answer ({self._matcher.stop_reason()}); "
+                "a simpler task.schema may help",
             )
 
 

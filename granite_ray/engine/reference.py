@@ -163,7 +163,7 @@ class ReferenceEngine:
         if generates:
             finish_sequences(self._model, [self._new_sequence(request) for request in generates])
         if scores:
-            answers = score_choices(self._model, scores, self._config.max_num_batched_tokens)
+            answers = score_choices(self._model, scores, self._config)
             for request, answer in zip(scores, answers, strict=True):
                 settle(request.future, answer)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from granite_ray.config import EngineConfig
 from granite_ray.engine.requests import ScoreRequest
 from granite_ray.engine.token_rows import TokenRows
 
@@ -28,7 +29,7 @@ class Branch:
 
 @torch.inference_mode()
 def score_choices(
-    model: Any, requests: Sequence[ScoreRequest], max_num_batched_tokens: int
+    model: Any, requests: Sequence[ScoreRequest], config: EngineConfig
 ) -> list[list[float]]:
     """Return for each request the log-probability of each of its choices."""
     scores = [[0.0] * len(request.choices) for request in requests]
@@ -39,7 +40,7 @@ def score_choices(
         for row, request in enumerate(requests)
         for token_ids, indexes in plan_branches(request.choices).items()
     ]
-    for group in _groups(branches, rows.width, max_num_batched_tokens):
+    for group in _groups(branches, rows.width, config):
         later = _log_probabilities_along(rows, group)
         for branch, along in zip(group, later, strict=True):
             log_probabilities = torch.cat([first[branch.row, None], along])
@@ -69,20 +70,22 @@ def plan_branches(choices: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], t
 
 
 def _groups(
-    branches: list[Branch], prompt_width: int, max_num_batched_tokens: int
+    branches: list[Branch], prompt_width: int, config: EngineConfig
 ) -> Iterator[list[Branch]]:
     """Cut branches into groups whose rows fit memory; branches of like length go together."""
     group: list[Branch] = []
     for branch in sorted(branches, key=lambda branch: len(branch.token_ids)):
         width, num_rows = len(branch.token_ids), len(group) + 1
         if group and (
-            num_rows * (prompt_width + width) > max_num_batched_tokens
+            num_rows > config.max_num_seqs
+            or num_rows * (prompt_width + width) > config.max_num_batched_tokens
             or num_rows * width > MAX_SCORED_TOKENS
         ):
             yield group
             group = []
         group.append(branch)
-    yield group
+    if group:
+        yield group
 
 
 def _log_probabilities_along(rows: TokenRows, group: list[Branch]) -> torch.Tensor:
