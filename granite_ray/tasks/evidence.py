@@ -105,10 +105,13 @@ class _NormalizedText:
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
     start = 0
-    for index in range(1, len(text) + 1):
-        if index == len(text) or not unicodedata.combining(text[index]):
+    for index in range(1, len(text)):
+        # Nothing combines below U+0300: most characters need no look-up.
+        if text[index] < "\u0300" or not unicodedata.combining(text[index]):
             yield start, index
             start = index
+    if text:
+        yield start, len(text)
 
 
 @lru_cache(4096)  # texts use few different clusters, each many times

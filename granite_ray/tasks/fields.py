@@ -16,7 +16,7 @@ from granite_ray.tasks.base import MeteredLLM, gather_chunks, sampling_params
 from granite_ray.tasks.merge import MergedRecord, merge_records
 from granite_ray.tasks.prompts import Filling, PromptTemplate
 from granite_ray.tasks.schema import Definition, check_schema, compile_grammar, without_keyword
-from granite_ray.tasks.shapes import Shape, arrow_value, declared_path, shape_of
+from granite_ray.tasks.shapes import Shape, arrow_value, declared_path, pointer, shape_of
 
 
 class RecordSchema:
@@ -138,5 +138,9 @@ def _check(record: Any, validator: jsonschema.Draft202012Validator, shape: Shape
     error = next(validator.iter_errors(record), None)
     if error is not None:
         # Neither error.message, which quotes the value, nor keys that the model chose itself.
-        place = declared_path(error.absolute_path, shape) or "/"
-        raise RowFailure("schema_violation", f"the value at {place} breaks {error.validator!r}")
+        place = declared_path(error.absolute_path, shape)
+        problem = f"the value at {place or '/'} breaks {error.validator!r}"
+        if error.validator == "required":
+            missing = next(name for name in error.validator_value if name not in error.instance)
+            problem = f"no chunk gives the required {pointer(place, missing)}"
+        raise RowFailure("schema_violation", problem)
