@@ -2,3 +2,20 @@
 
 plan shards → read documents → prepare chunks → generate answers → merge results → commit shards
 """
+
+from granite_ray.config import JobConfig, load_config
+from granite_ray.errors import GraniteRayError
+from granite_ray.io.results import read_results
+from granite_ray.job import RunOptions, redrive_job, run_job
+from granite_ray.report import RunReport
+
+__all__ = [
+    "GraniteRayError",
+    "JobConfig",
+    "RunOptions",
+    "RunReport",
+    "load_config",
+    "read_results",
+    "redrive_job",
+    "run_job",
+]

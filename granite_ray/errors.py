@@ -1,4 +1,4 @@
-"""Every exception of the project, as one small tree; each carries the exit code of the command line.
+"""Every exception of the project, as one small tree; each carries its exit code.
 
 `RowFailure` is data: it becomes a row that says what is wrong with one document. Everything else
 stops the job, which can then resume from what is committed.
@@ -46,7 +46,7 @@ class CorruptInputError(GraniteRayError):
 
 
 class ConflictError(GraniteRayError):
-    """The output belongs to another fingerprint or source root, or too much of the input vanished."""
+    """The output is of another fingerprint or source root, or too much input vanished."""
 
     exit_code = 5
 

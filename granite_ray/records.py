@@ -177,7 +177,7 @@ RAW_FIELDS = (
     pa.field("source_file", pa.string()),
     pa.field("source_row", pa.int64()),
 )
-"""One row as read, before anything is checked, in the order of the input; the kept columns follow."""
+"""One row as read, nothing checked, in the order of the input; the kept columns follow."""
 
 PREPARED_FIELDS = (
     pa.field("document_id", pa.string()),

@@ -17,7 +17,6 @@ MAX_FILE_BYTES = 1_000_000
 """Templates, schemas and tool lists beyond this are refused."""
 
 
-
 def _read_named_file(value: str, info: ValidationInfo) -> str:
     """Read a file named in the config, relative to the config's folder."""
     base = (info.context or {}).get("base_folder", Path())
@@ -87,7 +86,7 @@ class TaskSection(Section):
     instruction: str | None = None
     """Replaces the task's own instruction."""
     template: TemplateText | None = None
-    """Jinja file (or inline Jinja text) of the user turn over `text`, the columns and `instruction`."""
+    """Jinja file (or inline Jinja) of the user turn over `text`, columns and `instruction`."""
     examples: tuple[Example, ...] = ()
     """Few-shot examples, shown as earlier turns."""
     system_prompt: str | None = None
@@ -125,11 +124,11 @@ class ClassifyConfig(TaskSection):
     kind: Literal["classify"]
     """The task."""
     labels: tuple[str, ...] | dict[str, Any]
-    """The labels; or a tree of them: a mapping of label to its sub-labels (list, mapping or null)."""
+    """The labels; or a tree: a mapping of each label to its sub-labels (list, mapping or null)."""
     multi_label: bool = False
     """Whether a document may have any number of labels."""
     abstain_below: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Below this probability the label is null; with `multi_label`, the bar of each label (0 means 0.5)."""
+    """Below this probability there is no label; with `multi_label` each label's bar (0: 0.5)."""
     calibration: Literal["none", "contextual"] = "none"
     """`contextual` divides by the probabilities that labels get for an empty document."""
 
@@ -159,7 +158,7 @@ class GenerateConfig(TaskSection):
     schema_: JsonSchema | None = Field(default=None, alias="schema")
     """JSON Schema that the answer must satisfy; without it the answer is text."""
     documents_column: str | None = None
-    """Column with documents to answer from: a list of texts, or of objects with `title` and `text`."""
+    """Column of documents to answer from: a list of texts, or of objects with title and text."""
     tools: Tools = ()
     """JSON file with the functions that the model may call, in the OpenAI shape."""
 

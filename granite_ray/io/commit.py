@@ -118,7 +118,9 @@ def read_records(storage: Storage, paths: Iterable[str]) -> dict[str, CommitReco
     """Read the footers of result files, several at a time."""
     paths = list(paths)
     with ThreadPoolExecutor(NUM_FOOTER_READERS) as pool:
-        return dict(zip(paths, pool.map(lambda path: _read_record(storage, path), paths), strict=True))
+        return dict(
+            zip(paths, pool.map(lambda path: _read_record(storage, path), paths), strict=True)
+        )
 
 
 def _read_record(storage: Storage, path: str) -> CommitRecord:
@@ -127,7 +129,11 @@ def _read_record(storage: Storage, path: str) -> CommitRecord:
 
 
 def commit_shard(
-    storage: Storage, rows: pa.Table, record: CommitRecord, tag: str, check_lease: Callable[[], None]
+    storage: Storage,
+    rows: pa.Table,
+    record: CommitRecord,
+    tag: str,
+    check_lease: Callable[[], None],
 ) -> CommitRecord:
     """Make a shard's file appear whole, and return the record of the file that is there.
 
@@ -154,7 +160,9 @@ def _record_of_winner(storage: Storage, path: str, record: CommitRecord) -> Comm
     winner = _read_record(storage, path)
     same = (winner.shard_id, winner.fingerprint, winner.num_rows, winner.parts)
     if same != (record.shard_id, record.fingerprint, record.num_rows, record.parts):
-        raise StorageError(f"{storage.root}/{path} holds another job's rows. Choose another sink.path.")
+        raise StorageError(
+            f"{storage.root}/{path} holds another job's rows. Choose another sink.path."
+        )
     return winner
 
 
@@ -190,7 +198,9 @@ def write_snapshot(storage: Storage, snapshot: Snapshot, check_lease: Callable[[
     try:
         storage.replace(SNAPSHOT_PATH, json.dumps(values, indent=1).encode(), snapshot.version)
     except FileExistsError as error:
-        raise StorageError(f"{storage.root}/{SNAPSHOT_PATH} was replaced by another run.") from error
+        raise StorageError(
+            f"{storage.root}/{SNAPSHOT_PATH} was replaced by another run."
+        ) from error
 
 
 def delete_superseded(storage: Storage, snapshot: Snapshot, check_lease: Callable[[], None]) -> int:

@@ -106,7 +106,12 @@ class Lease:
         return True
 
     def _body(self) -> bytes:
-        values = {"run_id": self.run_id, "beat": self._beat, "lease_s": self.lease_s, **_this_process()}
+        values = {
+            "run_id": self.run_id,
+            "beat": self._beat,
+            "lease_s": self.lease_s,
+            **_this_process(),
+        }
         return json.dumps(values).encode()
 
 
@@ -139,7 +144,7 @@ def _is_dead_here(holder: dict[str, Any]) -> bool:
     """Whether the holder ran on this host and its process is gone."""
     if holder["host"] != _host_identity():
         return False
-    return _process_start(holder["pid"]) != holder["started"]
+    return bool(_process_start(holder["pid"]) != holder["started"])
 
 
 def _host_identity() -> str:

@@ -1,0 +1,144 @@
+"""Which shard and document began where, and who is to blame when a worker dies.
+
+A journal that lives in one small actor on the driver's node. It decides how a shard is tried
+again: first together with others, then alone in its replica, then one document at a time.
+It also holds what the driver asks for while it waits: live counts, and whether to drain.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+
+from granite_ray.errors import InfrastructureError
+from granite_ray.programs import Attempt, Mode
+
+MAX_LONE_DEATHS = 2
+"""A document that kills its worker this often while it runs alone has failed."""
+MAX_SHARD_DEATHS = 60
+"""A shard that killed its worker this often stops the job: 2 deaths, then 29 deadly documents."""
+
+
+@dataclass(slots=True)
+class _ShardJournal:
+    """What is known of one shard: where it runs now, and the deaths charged to it."""
+
+    node_id: str | None = None
+    document: int | None = None
+    num_deaths: int = 0
+    lone_deaths: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveCounts:
+    """Counts that a replica reports while it works, since it started."""
+
+    documents: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: "LiveCounts") -> "LiveCounts":
+        mine, theirs = asdict(self), asdict(other)
+        return LiveCounts(**{name: mine[name] + theirs[name] for name in mine})
+
+
+class Journal:
+    """The plain object behind the actor.
+
+    Args:
+        is_node_alive: Tells whether a node lives; the death of a node is not charged to documents.
+    """
+
+    def __init__(self, is_node_alive: Callable[[str], bool]) -> None:
+        self._is_node_alive = is_node_alive
+        self._running: dict[str, _ShardJournal] = {}
+        self._shards: dict[str, _ShardJournal] = {}
+        self._counts: dict[str, LiveCounts] = {}
+        self._num_signs = 0
+        self._is_draining = False
+
+    def begin(self, shard_id: str, node_id: str) -> Attempt:
+        """Note that a shard begins, and tell how. A shard that had begun has lost its worker.
+
+        Raises:
+            InfrastructureError: If the shard has killed too many workers.
+        """
+        if self._is_draining:
+            return Attempt("skip")
+        self._num_signs += 1
+        journal = self._shards.setdefault(shard_id, _ShardJournal())
+        if shard_id in self._running and self._is_node_alive(journal.node_id or ""):
+            self._charge(shard_id, journal)
+        journal.node_id, journal.document = node_id, None
+        self._running[shard_id] = journal
+        deadly = {at for at, deaths in journal.lone_deaths.items() if deaths >= MAX_LONE_DEATHS}
+        modes: tuple[Mode, ...] = ("together", "alone", "one_by_one")
+        return Attempt(modes[min(journal.num_deaths, 2)], frozenset(deadly))
+
+    def _charge(self, shard_id: str, journal: _ShardJournal) -> None:
+        journal.num_deaths += 1
+        if journal.document is not None:
+            at = journal.document
+            journal.lone_deaths[at] = journal.lone_deaths.get(at, 0) + 1
+        if journal.num_deaths > MAX_SHARD_DEATHS:
+            raise InfrastructureError(
+                f"Shard {shard_id} killed its worker {journal.num_deaths} times. Look at the "
+                "workers' logs; the job can be resumed."
+            )
+
+    def begin_document(self, shard_id: str, position: int) -> None:
+        """Note which document of a shard runs alone now."""
+        self._num_signs += 1
+        self._shards[shard_id].document = position
+
+    def end(self, shard_id: str) -> None:
+        """Note that a shard's answers are complete or given up: what dies now is not its fault."""
+        self._num_signs += 1
+        self._running.pop(shard_id, None)
+
+    def report(self, worker_id: str, counts: Mapping[str, int]) -> None:
+        """Take over a replica's counts; that it reports is a sign of life."""
+        self._num_signs += 1
+        self._counts[worker_id] = LiveCounts(**counts)
+
+    def drain(self) -> None:
+        """Let shards that run finish, and none begin."""
+        self._is_draining = True
+
+    def is_draining(self) -> bool:
+        """Whether no further shard may begin."""
+        return self._is_draining
+
+    def state(self) -> dict[str, Any]:
+        """Return counts of all replicas, signs of life so far, and the number of running shards."""
+        totals = LiveCounts()
+        for counts in self._counts.values():
+            totals += counts
+        deaths = sum(journal.num_deaths for journal in self._shards.values())
+        return {
+            "counts": asdict(totals),
+            "num_signs": self._num_signs,
+            "num_running": len(self._running),
+            "num_deaths": deaths,
+            "replicas": len(self._counts),
+        }
+
+
+def _alive_in_cluster(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+
+
+def start_journal() -> Any:
+    """Start the journal's actor on the driver's node and return its handle."""
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    actor = ray.remote(num_cpus=0, max_restarts=0)(Journal)
+    return actor.options(scheduling_strategy=strategy).remote(_alive_in_cluster)
+
+
+def close_journal(journal: Any) -> None:
+    """End the journal; what of a stopped run still asks it breaks off. Safe to call twice."""
+    ray.kill(journal)

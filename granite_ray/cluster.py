@@ -1,0 +1,187 @@
+"""The Ray that a job runs on: joined where one is named, else started for the job and stopped.
+
+Says what a replica needs, checks that the cluster has it, and nothing about shards.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from granite_ray.config import EngineConfig, JobSection
+from granite_ray.config.load import default_ray_address
+from granite_ray.errors import InfrastructureError
+
+SPARE_CPUS = 2
+"""CPUs beside the replicas' own, for reading and committing; without one the job would starve."""
+STOP_TIMEOUT_S = 20.0
+POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaResources:
+    """What one replica takes, how many there are at least and most, and its CPU threads."""
+
+    num_cpus: float
+    num_gpus: float
+    least: int
+    most: int
+    num_threads: int | None
+
+
+class Cluster:
+    """Ray for one job, joined or started when it is first needed, and left as it was found.
+
+    A finished job run again, and one that is refused, never start it.
+    """
+
+    def __init__(self, job: JobSection, engine: EngineConfig) -> None:
+        self._job = job
+        self._engine = engine
+        self._is_ours = False
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            stop_ray()
+
+    def start(self) -> None:
+        """Join or start Ray, unless this process has one.
+
+        Raises:
+            InfrastructureError: If it cannot be reached or started.
+        """
+        _quiet_ray_data()
+        if not ray.is_initialized():
+            self._is_ours = True
+            _start(self._job, self._engine)
+
+    def place_replicas(self) -> ReplicaResources:
+        """Start Ray, wait for what the replicas need, and return what they may take.
+
+        Raises:
+            InfrastructureError: If the resources are not there in `job.scheduling_timeout_s`.
+        """
+        self.start()
+        return _wait_for_resources(self._job, self._engine)
+
+
+def stop_ray() -> bool:
+    """Leave or stop Ray within a bounded time; return whether it went."""
+    stopper = threading.Thread(target=ray.shutdown, daemon=True)
+    stopper.start()
+    stopper.join(STOP_TIMEOUT_S)
+    return not stopper.is_alive()
+
+
+def _start(job: JobSection, engine: EngineConfig) -> None:
+    address = job.ray_address or default_ray_address()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        cores = os.cpu_count() or 1
+        options |= {
+            "address": "local",
+            # Logical CPUs only bound what runs side by side; replicas must not starve the readers.
+            "num_cpus": max(cores, _most_replicas(engine) + SPARE_CPUS),
+            "include_dashboard": False,
+        }
+    else:
+        options["address"] = address
+    # Ray's C++ side writes to the terminal what only its developers can use.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        with _quiet_standard_error():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InfrastructureError(
+            f"Ray at job.ray_address {address or 'local'} cannot be reached or started: {error}"
+        ) from error
+
+
+@contextmanager
+def _quiet_standard_error() -> Iterator[None]:
+    """Keep native code, which announces even its own quietness, from the terminal."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+
+
+def _quiet_ray_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = 3
+    for name in ("ray", "ray.data"):  # what goes wrong there is raised, and said once, by us
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _most_replicas(engine: EngineConfig) -> int:
+    return engine.num_replicas if isinstance(engine.num_replicas, int) else engine.num_replicas[1]
+
+
+def _wait_for_resources(job: JobSection, engine: EngineConfig) -> ReplicaResources:
+    """Wait until the least number of replicas can be placed; clamp the most to what there is."""
+    deadline = time.monotonic() + job.scheduling_timeout_s
+    while True:
+        had = ray.cluster_resources()
+        wanted = _replica_resources(engine, had)
+        room = _replicas_that_fit(wanted, had)
+        if room >= wanted.least:
+            most = min(wanted.most, room)
+            threads = _threads_of(wanted, had, most)
+            return ReplicaResources(wanted.num_cpus, wanted.num_gpus, wanted.least, most, threads)
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"The cluster cannot place engine.num_replicas: {wanted.least} replicas want "
+                f"{wanted.least * wanted.num_gpus:g} GPUs and "
+                f"{wanted.least * wanted.num_cpus + 1:g} CPUs; after {job.scheduling_timeout_s:g} s "
+                f"it has {had.get('GPU', 0):g} GPUs and {had.get('CPU', 0):g} CPUs. Use fewer "
+                "replicas, another engine.device or a larger cluster."
+            )
+        _ask_autoscaler(wanted)
+        time.sleep(POLL_S)
+
+
+def _replica_resources(engine: EngineConfig, had: dict[str, float]) -> ReplicaResources:
+    least = engine.num_replicas if isinstance(engine.num_replicas, int) else engine.num_replicas[0]
+    needs_gpu = engine.device == "cuda" or (engine.device == "auto" and had.get("GPU", 0) > 0)
+    if needs_gpu and engine.backend != "fake":
+        return ReplicaResources(0.5, 1.0, least, _most_replicas(engine), None)
+    return ReplicaResources(1.0, 0.0, least, _most_replicas(engine), None)
+
+
+def _replicas_that_fit(wanted: ReplicaResources, had: dict[str, float]) -> int:
+    by_cpu = int((had.get("CPU", 0) - 1) / wanted.num_cpus)
+    return min(by_cpu, int(had.get("GPU", 0) / wanted.num_gpus)) if wanted.num_gpus else by_cpu
+
+
+def _threads_of(wanted: ReplicaResources, had: dict[str, float], most: int) -> int | None:
+    """Share the cores among CPU replicas. Ray would give each process one thread."""
+    if wanted.num_gpus:
+        return None
+    num_nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+    cores = min(had.get("CPU", 1), num_nodes * (os.cpu_count() or 1))
+    return max(1, int(cores // most))
+
+
+def _ask_autoscaler(wanted: ReplicaResources) -> None:
+    """Ray Data's GPU pools do not always make a cluster grow from zero (ray#59144)."""
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus}
+    request_resources(bundles=[{k: v for k, v in bundle.items() if v}] * wanted.least)

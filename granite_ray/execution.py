@@ -1,0 +1,241 @@
+"""read → prepare → generate → commit on Ray Data, and the driver's watch over it.
+
+One block a shard, several shards in flight in each replica. Nothing waits without an end: the
+driver looks at the journal while the stream runs and gives up with a message that names the cause.
+"""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from granite_ray.attempts import close_journal, start_journal
+from granite_ray.cluster import ReplicaResources
+from granite_ray.errors import GraniteRayError, InfrastructureError
+from granite_ray.io.sinks import CommitRecord
+from granite_ray.records import ShardPart
+from granite_ray.workers import ReplicaWorker, ShardWork, StageContext, commit, read_and_prepare
+
+MAX_WAVE = 20_000
+"""Shards handed to Ray at once: a block costs about 0.6 ms to submit."""
+SHARDS_IN_FLIGHT = 4
+"""Shards that share one replica, so that its batches stay full while others are read."""
+READ_CPUS = 0.75
+COMMIT_CPUS = 0.25
+"""Unlike a replica's, or Ray Data would fuse reading into the replica's actor."""
+STOP_S = 10.0
+TICK_S = 0.5
+CLUSTER_SILENCE_S = 30.0
+"""How long the journal may not answer. Ray itself ends the process after 60 s without its head."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedShard:
+    """One shard that is committed now; `model_calls` were made for it in this run."""
+
+    path: str
+    record: CommitRecord
+    model_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: what the journal says, and how to let no further shard begin."""
+
+    state: dict[str, Any]
+    drain: Callable[[], None]
+
+
+def stream_shards(
+    work: Sequence[ShardWork],
+    context: StageContext,
+    replica: ReplicaResources,
+) -> Generator[CommittedShard | Tick]:
+    """Do the work; yield each shard as it is committed, and a tick at least every second or so.
+
+    Raises:
+        GraniteRayError: What a stage raised, as it raised it.
+        InfrastructureError: If the cluster falls silent or cannot go on.
+    """
+    journal = start_journal()
+    watchdog = Watchdog(journal, context.config.job.scheduling_timeout_s)
+    try:
+        for start in range(0, len(work), MAX_WAVE):
+            dataset = build_dataset(work[start : start + MAX_WAVE], context, replica, journal)
+            yield from _watch(_Background(dataset, journal), watchdog)
+    finally:
+        close_journal(journal)
+
+
+def _watch(background: "_Background", watchdog: "Watchdog") -> Iterator[CommittedShard | Tick]:
+    try:
+        while True:
+            try:
+                item = background.items.get(timeout=TICK_S)
+            except queue.Empty:
+                yield Tick(watchdog.look(), watchdog.drain)
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise _own_error(item) from item
+            yield from _committed(item)
+            if watchdog.is_due:
+                yield Tick(watchdog.look(), watchdog.drain)
+    finally:
+        background.stop()
+
+
+def build_dataset(
+    work: Sequence[ShardWork], context: StageContext, replica: ReplicaResources, journal: Any
+) -> Any:
+    """Return the chain of stages over one wave of shards."""
+    pool = ray.data.ActorPoolStrategy(
+        min_size=min(replica.least, len(work)),
+        max_size=max(1, min(replica.most, len(work))),
+        max_concurrent_calls_per_actor=SHARDS_IN_FLIGHT,
+        max_tasks_in_flight_per_actor=SHARDS_IN_FLIGHT,
+    )
+    whole_block: dict[str, Any] = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "zero_copy_batch": True,
+    }
+    shards = ray.data.from_items(
+        [{"work": item.to_json()} for item in work], override_num_blocks=len(work)
+    )
+    prepared = shards.map_batches(
+        cast(Any, read_and_prepare),
+        fn_kwargs={"context": context},
+        num_cpus=READ_CPUS,
+        **whole_block,
+    )
+    answered = prepared.map_batches(
+        ReplicaWorker,
+        fn_constructor_args=(context, journal, replica.num_threads),
+        compute=pool,
+        num_cpus=replica.num_cpus,
+        num_gpus=replica.num_gpus,
+        **whole_block,
+    )
+    return answered.map_batches(
+        cast(Any, commit),
+        fn_kwargs={"context": context, "journal": journal},
+        num_cpus=COMMIT_CPUS,
+        **whole_block,
+    )
+
+
+class Watchdog:
+    """Looks at the journal and knows when a silence is too long."""
+
+    def __init__(self, journal: Any, scheduling_timeout_s: float) -> None:
+        self._journal = journal
+        self._timeout_s = scheduling_timeout_s
+        self._state: dict[str, Any] = {}
+        self._last_look = self._last_answer = self._last_sign = time.monotonic()
+        self._num_signs = -1
+
+    def drain(self) -> None:
+        """Let shards that run finish, and none begin."""
+        self._journal.drain.remote()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last look is older than a tick."""
+        return time.monotonic() - self._last_look > TICK_S
+
+    def look(self) -> dict[str, Any]:
+        """Return the journal's state.
+
+        Raises:
+            InfrastructureError: If it does not answer, or no replica has shown a sign of life.
+        """
+        self._last_look = time.monotonic()
+        try:
+            self._state = ray.get(self._journal.state.remote(), timeout=5.0)
+            self._last_answer = time.monotonic()
+        except ray.exceptions.RayError as error:
+            if time.monotonic() - self._last_answer > CLUSTER_SILENCE_S:
+                raise InfrastructureError(
+                    f"The Ray cluster has not answered for {CLUSTER_SILENCE_S:g} s: its head or "
+                    "control store is gone. What is committed stays; run again to resume."
+                ) from error
+            return self._state
+        if self._state["num_signs"] != self._num_signs:
+            self._num_signs, self._last_sign = self._state["num_signs"], time.monotonic()
+        elif time.monotonic() - self._last_sign > self._timeout_s:
+            raise InfrastructureError(
+                f"No replica has shown a sign of life for {self._timeout_s:g} s "
+                f"(job.scheduling_timeout_s). The cluster has {_resources()}. Look at the workers' "
+                "logs; run again to resume."
+            )
+        return self._state
+
+
+def _resources() -> str:
+    had, free = ray.cluster_resources(), ray.available_resources()
+    names = [name for name in ("CPU", "GPU") if name in had]
+    return ", ".join(f"{had[name]:g} {name} ({free.get(name, 0):g} free)" for name in names)
+
+
+class _Background:
+    """Iterates over a dataset in a thread, so that the driver can look around.
+
+    `items` gets blocks, then None, or the exception that ended it.
+    """
+
+    def __init__(self, dataset: Any, journal: Any) -> None:
+        self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._dataset = dataset
+        self._journal = journal
+        self._thread = threading.Thread(target=self._iterate, name="stream", daemon=True)
+        self._thread.start()
+
+    def _iterate(self) -> None:
+        try:
+            for block in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                self.items.put(block)
+            self.items.put(None)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the driver raises it
+            self.items.put(error)
+
+    def stop(self) -> None:
+        """End the iteration before Ray is left, or its thread would complain in the terminal.
+
+        Ray Data offers no way to stop; without their journal the replicas break off.
+        """
+        if self._thread.is_alive():
+            close_journal(self._journal)
+            self._thread.join(STOP_S)
+
+
+def _committed(block: Any) -> Iterator[CommittedShard]:
+    for row in block.to_pylist():
+        if row["record"] is not None:
+            values = json.loads(row["record"])
+            parts = tuple(ShardPart(**part) for part in values.pop("parts"))
+            yield CommittedShard(
+                row["path"], CommitRecord(parts=parts, **values), row["model_calls"]
+            )
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """Find what a stage raised inside what Ray made of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GraniteRayError):
+            # Ray's copy inherits from the cause's class; take the plain one where there is one.
+            cause = getattr(seen, "cause", seen)
+            return cause if isinstance(cause, GraniteRayError) else seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    if isinstance(error, ray.exceptions.RayTaskError | AssertionError):
+        return error
+    if isinstance(error, ray.exceptions.RayError | OSError):
+        return InfrastructureError(f"Ray could not go on: {error}")
+    return error

@@ -1,0 +1,213 @@
+"""Run the task programs of one shard's documents on one replica's engine. No Ray, no torch.
+
+Decides what runs beside what; knows nothing of where documents come from or rows go.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from granite_ray.errors import RowFailure
+from granite_ray.records import (
+    LLM,
+    Completion,
+    Document,
+    Grammar,
+    Prompt,
+    Result,
+    RowError,
+    SamplingParams,
+)
+from granite_ray.tasks import Task
+
+BATCHES_ADMITTED = 4
+"""Document tokens that may be in flight, in batches of the engine: enough to keep it full."""
+
+Mode = Literal["skip", "together", "alone", "one_by_one"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """How a shard is to be tried now; `deadly` are positions of documents that have failed."""
+
+    mode: Mode
+    deadly: frozenset[int] = frozenset()
+
+
+async def run_programs(
+    documents: Sequence[Document],
+    task: Task,
+    llm: LLM,
+    gate: "ReplicaGate",
+    attempt: Attempt,
+    watch: "ShardWatch",
+) -> list[Result]:
+    """Return one result for each document, in their order.
+
+    A `RowFailure` becomes a failed result. Any other exception cancels the shard's other
+    documents, waits for them, and is raised.
+    """
+
+    async def answer(position: int, document: Document) -> Result:
+        if position in attempt.deadly:
+            result = _failed(
+                RowError("worker_death", "the document killed its worker twice, alone")
+            )
+        elif document.error is not None:
+            result = _failed(document.error)
+        else:
+            async with gate.admit(sum(len(chunk.token_ids) for chunk in document.chunks)):
+                result = await _run_one(document, task, llm)
+        watch.on_result(result)
+        return result
+
+    if attempt.mode == "together":
+        async with gate.shared():
+            return await _gather([answer(*item) for item in enumerate(documents)])
+    async with gate.alone():
+        if attempt.mode == "alone":
+            return await _gather([answer(*item) for item in enumerate(documents)])
+        results = []
+        for position, document in enumerate(documents):
+            await watch.begin_document(position)
+            results.append(await answer(position, document))
+        return results
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWatch:
+    """Who wants to know how a shard goes on.
+
+    `begin_document` is awaited before a document runs alone; `on_result` is called for each result.
+    """
+
+    begin_document: Callable[[int], Awaitable[None]]
+    on_result: Callable[[Result], None]
+
+
+async def _run_one(document: Document, task: Task, llm: LLM) -> Result:
+    try:
+        return await task.run(document, llm)
+    except RowFailure as failure:  # anything else stops the job
+        error = RowError(failure.error_type, failure.message)
+        return _failed(error, num_chunks=len(document.chunks))
+
+
+def _failed(error: RowError, num_chunks: int = 0) -> Result:
+    return Result(values={}, num_chunks=num_chunks, error=error)
+
+
+async def _gather(programs: Sequence[Awaitable[Result]]) -> list[Result]:
+    """Wait for all; when one breaks, cancel the others, wait for them, and raise its exception."""
+    running = [asyncio.ensure_future(program) for program in programs]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for program in running:
+            program.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+class CountingLLM:
+    """An engine as one shard sees it; counts the calls made for it."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self.num_calls = 0
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
+    ) -> Completion:
+        self.num_calls += 1
+        return await self._llm.generate(prompt, sampling, grammar)
+
+    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+        self.num_calls += 1
+        return await self._llm.score(prompt, choices)
+
+    def count(self, text: str) -> int:
+        return self._llm.count(text)
+
+
+class ReplicaGate:
+    """Who may use a replica now: shards share it, or one has it alone; documents by their tokens.
+
+    First come, first served: a shard that wants to be alone is not overtaken by those after it.
+
+    Args:
+        max_num_batched_tokens: What the engine takes in one batch.
+    """
+
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self._free_tokens = self._capacity = BATCHES_ADMITTED * max_num_batched_tokens
+        self._num_sharing = 0
+        self._is_alone = False
+        self._shards: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._documents: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        """Hold the replica beside other shards."""
+        await self._enter(alone=False)
+        try:
+            yield
+        finally:
+            self._num_sharing -= 1
+            self._let_shards_in()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Hold the replica with no other shard in it."""
+        await self._enter(alone=True)
+        try:
+            yield
+        finally:
+            self._is_alone = False
+            self._let_shards_in()
+
+    @asynccontextmanager
+    async def admit(self, num_tokens: int) -> AsyncIterator[None]:
+        """Hold room for a document; one larger than all the room is admitted by itself."""
+        num_tokens = min(num_tokens, self._capacity)
+        await _queue(self._documents, num_tokens, self._let_documents_in)
+        try:
+            yield
+        finally:
+            self._free_tokens += num_tokens
+            self._let_documents_in()
+
+    async def _enter(self, *, alone: bool) -> None:
+        await _queue(self._shards, alone, self._let_shards_in)
+
+    def _let_shards_in(self) -> None:
+        while self._shards:
+            alone, waiter = self._shards[0]
+            if not waiter.done():
+                if self._is_alone or (alone and self._num_sharing):
+                    return
+                self._is_alone = bool(alone)
+                self._num_sharing += not alone
+                waiter.set_result(None)
+            self._shards.popleft()
+
+    def _let_documents_in(self) -> None:
+        while self._documents:
+            num_tokens, waiter = self._documents[0]
+            if not waiter.done():
+                if num_tokens > self._free_tokens:
+                    return
+                self._free_tokens -= num_tokens
+                waiter.set_result(None)
+            self._documents.popleft()
+
+
+async def _queue(
+    queue: deque[tuple[int, asyncio.Future[None]]], want: int, let_in: Callable[[], None]
+) -> None:
+    waiter = asyncio.get_running_loop().create_future()
+    queue.append((want, waiter))
+    let_in()
+    await waiter

@@ -1,0 +1,245 @@
+"""What runs on the cluster: thin shells of Ray around read, prepare, generate and commit.
+
+A shard travels as ONE row of one Ray block, its tables inside as Arrow IPC: Ray can neither split
+it, nor merge it with another, nor drop it because it is empty, nor guess its types.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from granite_ray.attempts import LiveCounts
+from granite_ray.checkpoint import Checkpoint, open_checkpoint
+from granite_ray.config import JobConfig
+from granite_ray.errors import ConfigError, InfrastructureError
+from granite_ray.io.commit import Generation, commit_shard, file_path
+from granite_ray.io.lease import check_lease
+from granite_ray.io.reuse import POSITION, join_rows, split_reusable
+from granite_ray.io.sinks import CommitRecord, count_rows, result_table
+from granite_ray.io.sources import SourceColumns, read_shard
+from granite_ray.io.storage import Storage
+from granite_ray.prepare import documents_of, prepare_shard
+from granite_ray.programs import Attempt, CountingLLM, ReplicaGate, ShardWatch, run_programs
+from granite_ray.records import Result, Shard, ShardPart
+from granite_ray.tasks import TaskLimits, make_task
+from granite_ray.tokenizer import Tokenizer, load_tokenizer
+
+REPORT_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """A shard to be done: the revision it becomes, and files whose rows may be taken over."""
+
+    shard: Shard
+    revision: int = 0
+    reuse: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Write it as JSON, for a Ray block."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ShardWork":
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        parts = tuple(ShardPart(**part) for part in values["shard"]["parts"])
+        shard = Shard(values["shard"]["shard_id"], parts)
+        return cls(shard, values["revision"], tuple(values["reuse"]))
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """All that the stages need beside the shard itself; it is pickled to every worker."""
+
+    config: JobConfig
+    checkpoint: Checkpoint
+    columns: SourceColumns
+    source_root: str
+    schema: pa.Schema
+    max_chunk_tokens: int
+    generation: Generation
+    run_id: str
+    open_storage: Callable[[str], Storage]
+
+    @property
+    def sink(self) -> Storage:
+        """The storage of the results."""
+        return self.open_storage(self.config.sink.path)
+
+
+# read, prepare ───────────────────────────────────────────────────────────────────────────────────
+
+
+def read_and_prepare(block: pa.Table, context: StageContext) -> pa.Table:
+    """Read one shard and cut its documents; split off rows whose answers are there already."""
+    work = ShardWork.from_json(block["work"][0].as_py())
+    source = context.open_storage(context.source_root)
+    raw = read_shard(source, work.shard, context.columns, context.config.source)
+    tokenizer = _tokenizer(_local_checkpoint(context).path)
+    prepared = prepare_shard(
+        raw.table, tokenizer, context.config.chunking, context.max_chunk_tokens
+    )
+    to_do, reused = split_reusable(prepared, context.sink, work.reuse, context.schema)
+    bad_files = json.dumps({bad.path: bad.reason for bad in raw.bad_files})
+    columns = [pa.array([work.to_json()]), pa.array([bad_files]), _pack(to_do), _pack(reused)]
+    return pa.table(columns, names=["work", "bad_files", "prepared", "reused"])
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: str) -> Tokenizer:
+    """Load a tokenizer once in a worker process: it takes longer than a shard to read."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # shards run side by side already
+    return load_tokenizer(path)
+
+
+def _local_checkpoint(context: StageContext) -> Checkpoint:
+    """Return the job's checkpoint where this node can read it; a hub id may be downloaded here."""
+    config, planned = context.config, context.checkpoint
+    if Path(planned.path).is_dir():
+        return planned
+    found = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
+    if found.identity != planned.identity:
+        raise ConfigError(
+            f"model.path {config.model.path} is another checkpoint on node "
+            f"{ray.util.get_node_ip_address()} than on the driver's. Give every node the same."
+        )
+    return found
+
+
+# generate ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ReplicaWorker:
+    """The actor that holds one replica: shards come in side by side and share the engine."""
+
+    def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
+        from granite_ray.engine.factory import make_engine
+
+        config, checkpoint = context.config, _local_checkpoint(context)
+        self.schema = context.schema
+        self.journal = journal
+        self.engine = make_engine(checkpoint, config.model, config.engine, num_threads)
+        limits = task_limits(config, checkpoint)
+        self.task = make_task(config.task, load_tokenizer(checkpoint.path), limits)
+        self.gate = ReplicaGate(config.engine.max_num_batched_tokens)
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.worker_id = f"{ray.get_runtime_context().get_actor_id()}-{os.getpid()}"
+        self.counts = LiveCounts()
+        self._reporter: asyncio.Task[None] | None = None
+
+    async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
+        """Answer every document of one shard, as the journal says it is to be tried."""
+        if self._reporter is None:
+            self._reporter = asyncio.create_task(self._report_for_ever())
+        shard_id = ShardWork.from_json(block["work"][0].as_py()).shard.shard_id
+        try:
+            attempt = await self.journal.begin.remote(shard_id, self.node_id)
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError("The run has ended; its journal is gone.") from error
+        if attempt.mode == "skip":
+            yield (
+                block.select(["work", "bad_files", "reused"])
+                .append_column("answered", pa.nulls(1, pa.large_binary()))
+                .append_column("model_calls", pa.array([0]))
+            )
+        else:
+            yield await self._answer(block, shard_id, attempt)
+
+    async def _answer(self, block: pa.Table, shard_id: str, attempt: Attempt) -> pa.Table:
+        prepared = await asyncio.to_thread(_unpack, block["prepared"])
+        documents = await asyncio.to_thread(documents_of, prepared)
+        llm = CountingLLM(self.engine)
+        watch = ShardWatch(partial(self.journal.begin_document.remote, shard_id), self._count)
+        results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
+        rows = await asyncio.to_thread(result_table, prepared, results, self.schema)
+        answered = rows.append_column(POSITION, prepared[POSITION])
+        return (
+            block.select(["work", "bad_files", "reused"])
+            .append_column("answered", _pack(answered))
+            .append_column("model_calls", pa.array([llm.num_calls]))
+        )
+
+    def _count(self, result: Result) -> None:
+        failed = int(result.error is not None)
+        self.counts += LiveCounts(1, failed, result.num_prompt_tokens, result.num_completion_tokens)
+
+    async def _report_for_ever(self) -> None:
+        while True:
+            await self.journal.report.remote(self.worker_id, asdict(self.counts))
+            await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
+    """Return what bounds a task's prompts."""
+    return TaskLimits(
+        max_model_len=checkpoint.max_model_len,
+        max_failed_chunks=config.chunking.max_failed_chunks,
+        max_chunk_tokens=config.chunking.max_tokens,
+        text_column=config.source.text_column,
+    )
+
+
+# commit ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
+    """Commit one shard; return its path and commit record, nulls where it was skipped."""
+    if not block["answered"][0].is_valid:
+        return _committed(None, None, 0)
+    work = ShardWork.from_json(block["work"][0].as_py())
+    answered, reused = _unpack(block["answered"]), _unpack(block["reused"])
+    rows = join_rows(answered, reused)
+    record = CommitRecord(
+        shard_id=work.shard.shard_id,
+        revision=work.revision,
+        fingerprint=context.generation.fingerprint,
+        generation=context.generation.number,
+        run_id=context.run_id,
+        parts=work.shard.parts,
+        num_generated=answered.num_rows,
+        num_reused=reused.num_rows,
+        bad_files=json.loads(block["bad_files"][0].as_py()),
+        **count_rows(rows),
+    )
+    sink, tag = context.sink, context.generation.tag
+    record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
+    ray.get(journal.end.remote(record.shard_id))
+    path = file_path(record.shard_id, tag, record.revision)
+    return _committed(path, json.dumps(asdict(record)), block["model_calls"][0].as_py())
+
+
+def _committed(path: str | None, record: str | None, model_calls: int) -> pa.Table:
+    columns = [
+        pa.array([path], pa.string()),
+        pa.array([record], pa.string()),
+        pa.array([model_calls]),
+    ]
+    return pa.table(columns, names=["path", "record", "model_calls"])
+
+
+# tables inside a Ray block ───────────────────────────────────────────────────────────────────────
+
+
+def _pack(table: pa.Table) -> pa.Array:
+    """Return a table as Arrow IPC in one binary value."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def _unpack(column: pa.ChunkedArray) -> pa.Table:
+    """Return the table in the one value of a column, without a copy."""
+    with pa.ipc.open_stream(column[0].as_buffer()) as reader:
+        return reader.read_all()
