@@ -2,7 +2,7 @@
 
     python pipelines/classify.py --config configs/classify.yaml
 
-alone or behind `ray job submit --working-dir . --`. It ends with the job's own exit code; run again,
+alone or behind `ray job submit --working-dir . --`. It ends with the job's own exit code; run again
 it resumes.
 """
 
