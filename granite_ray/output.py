@@ -10,6 +10,7 @@ from granite_ray.config import JobConfig
 from granite_ray.errors import ConfigError, ConflictError, GraniteRayError, StorageError
 from granite_ray.io.commit import (
     JOB_PATH,
+    RESULTS_FOLDER,
     Generation,
     Snapshot,
     SnapshotFile,
@@ -68,6 +69,8 @@ class HeldOutput:
         if not _is_same(self.snapshot, new):
             write_snapshot(self.sink, new, self.lease.check)
         self.report.shards.superseded = delete_superseded(self.sink, new, self.lease.check)
+        for folder in ("", RESULTS_FOLDER, "_granite"):
+            self.sink.sweep(folder)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     python pipelines/extract.py --config configs/extract.yaml
 
-alone or behind `ray job submit --working-dir . --`. It ends with the job's own exit code; run again
-it resumes.
+alone or behind `ray job submit --working-dir . --`. It ends with the job's own exit code, and
+run again it resumes.
 """
 
 from granite_ray.cli import leave, run_pipeline

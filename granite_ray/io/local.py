@@ -79,6 +79,12 @@ class LocalStorage:
         with _translated_errors(target):
             target.unlink(missing_ok=True)
 
+    def sweep(self, folder: str = "") -> None:
+        top = self._folder / folder
+        with _translated_errors(top):
+            for temporary in top.glob(".*.tmp"):
+                temporary.unlink(missing_ok=True)
+
 
 def _make_folder(folder: Path) -> None:
     try:

@@ -158,6 +158,9 @@ class S3Storage:
     def delete(self, path: str) -> None:
         self._call(path, lambda client: client.delete_object(**self._object(path)))
 
+    def sweep(self, folder: str = "") -> None:
+        """Do nothing: a broken-off PUT leaves no object."""
+
     def _put(self, path: str, data: bytes, **condition: str) -> str:
         answer = self._call(
             path,

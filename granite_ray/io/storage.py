@@ -63,6 +63,10 @@ class Storage(Protocol):
         """Delete a file; no error where it is missing."""
         ...
 
+    def sweep(self, folder: str = "") -> None:
+        """Delete what killed writers left in `folder`; for the one who alone may write there."""
+        ...
+
 
 def open_storage(path: str) -> Storage:
     """Return the storage whose root is `path`: `s3://bucket/folder`, or a local folder."""
