@@ -151,7 +151,8 @@ def _wait_for_resources(job: JobSection, engine: EngineConfig) -> ReplicaResourc
                 f"{wanted.least * wanted.num_gpus:g} GPUs and "
                 f"{wanted.least * wanted.num_cpus + 1:g} CPUs; after "
                 f"{job.scheduling_timeout_s:g} s it has {had.get('GPU', 0):g} GPUs and "
-                f"{had.get('CPU', 0):g} CPUs. Use fewer replicas, another engine.device or a larger cluster."
+                f"{had.get('CPU', 0):g} CPUs. Use fewer replicas, another engine.device or a "
+                "larger cluster."
             )
         _ask_autoscaler(wanted)
         time.sleep(POLL_S)
