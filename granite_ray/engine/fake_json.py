@@ -22,17 +22,22 @@ class JsonWriter:
             tokenizer.tokenizer_json, tokenizer.vocab_size, tokenizer.eos_token_ids
         )
         texts = [tokenizer.decode([token_id]) for token_id in range(tokenizer.vocab_size)]
-        self._is_plain = np.array([_is_plain(text) for text in texts])
-        self._is_quote = np.array([text == '"' for text in texts])
+        is_null = np.array([bool(text) and "null".startswith(text) for text in texts])
+        is_opening = np.array([text[:1] in {"{", "["} for text in texts])
+        is_quote = np.array([text == '"' for text in texts])
         # What brings an answer nearer to its end, the strongest first. Brackets come after what
         # ends a string or the first half of an address, inside of which they are text.
-        self._ending_kinds = [
+        ending_kinds = [
             np.isin(range(tokenizer.vocab_size), tokenizer.eos_token_ids),
-            self._is_quote,
+            is_quote,
             np.array([text == "@" for text in texts]),
             np.array([bool(text) and set(text) <= {"]", "}"} for text in texts]),
             np.array([text[:1] in {",", ":"} for text in texts]),
         ]
+        # Null says nothing, so it comes late; but nothing else ends a record that holds itself.
+        value_kinds = [np.array([_is_plain(text) for text in texts]) & ~is_null, is_quote]
+        self._going_on = [*value_kinds, is_opening]
+        self._coming_to_an_end = [*ending_kinds, *value_kinds, is_null]
 
     def write(
         self, grammar: Grammar, max_tokens: int, random: Random
@@ -57,9 +62,7 @@ class JsonWriter:
 
     def _choose(self, allowed: NDArray[np.bool_], wants_end: bool, random: Random) -> int:
         """Choose from the first kind of token that has any allowed one."""
-        ending_kinds = self._ending_kinds if wants_end else []
-        kinds = [*ending_kinds, self._is_plain, self._is_quote]
-        for kind in kinds:
+        for kind in self._coming_to_an_end if wants_end else self._going_on:
             candidates = np.flatnonzero(allowed & kind)
             if len(candidates):
                 return int(random.choice(candidates))
