@@ -13,6 +13,7 @@ from rich.console import Console
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.cluster import Cluster
 from granite_ray.config import JobConfig
+from granite_ray.engine.factory import make_engine
 from granite_ray.errors import ConfigError
 from granite_ray.fingerprint import make_fingerprint
 from granite_ray.interrupts import Interrupts
@@ -28,7 +29,7 @@ from granite_ray.resume import check_source, resume_plan
 from granite_ray.run import TOO_MANY_FAILED, Run
 from granite_ray.tasks import Task, make_task
 from granite_ray.tokenizer import load_tokenizer
-from granite_ray.workers import StageContext, task_limits
+from granite_ray.workers import MakeEngine, StageContext, task_limits
 
 QUICKSTART_CORPUS = Path(__file__).parent / "quickstart" / "corpus"
 """What `source.path: quickstart` names."""
@@ -65,6 +66,7 @@ def run_job(
     options: RunOptions = RunOptions(),
     *,
     open_storage: OpenStorage = open_storage,
+    make_engine: MakeEngine = make_engine,
     console: Console | None = None,
 ) -> RunReport:
     """Run or resume a job; return its report (`exit_code` 0, 3 or 4).
@@ -73,6 +75,7 @@ def run_job(
         config: The job.
         options: What is asked of this run.
         open_storage: Opens the source and the sink; a wrapper can stand between.
+        make_engine: Builds the engine of each replica; a wrapper can stand between.
         console: Where progress is shown; None shows nothing.
 
     Raises:
@@ -87,7 +90,7 @@ def run_job(
         view.say("planning")
         with report.timed("plan"):
             plan = plan_input(config.source, sorted(model.task.columns), open_storage, cluster)
-        context = _stage_context(config, model, plan, report.run_id, open_storage)
+        context = _stage_context(config, model, plan, report.run_id, open_storage, make_engine)
         fingerprint = make_fingerprint(config, model.checkpoint.identity, context.schema)
         with hold_output(sink, report, config.job.lease_s, view.say) as output:
             output.claim(config, fingerprint, restart=options.restart)
@@ -109,6 +112,7 @@ def redrive_job(
     options: RunOptions = RunOptions(redrive=True),
     *,
     open_storage: OpenStorage = open_storage,
+    make_engine: MakeEngine = make_engine,
     console: Console | None = None,
 ) -> RunReport:
     """Run the failed rows of an output again, from its stored config; return the report.
@@ -117,6 +121,7 @@ def redrive_job(
         path: The job's `sink.path`.
         options: What else is asked of this run.
         open_storage: Opens the source and the sink.
+        make_engine: Builds the engine of each replica.
         console: Where progress is shown.
 
     Raises:
@@ -130,7 +135,9 @@ def redrive_job(
         stored["config"] | {"sink": stored["config"]["sink"] | {"path": path}}
     )
     options = replace(options, redrive=True)
-    return run_job(config, options, open_storage=open_storage, console=console)
+    return run_job(
+        config, options, open_storage=open_storage, make_engine=make_engine, console=console
+    )
 
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
@@ -152,7 +159,12 @@ def _load_model(config: JobConfig) -> _Model:
 
 
 def _stage_context(
-    config: JobConfig, model: _Model, plan: InputPlan, run_id: str, open_storage: OpenStorage
+    config: JobConfig,
+    model: _Model,
+    plan: InputPlan,
+    run_id: str,
+    open_storage: OpenStorage,
+    make_engine: MakeEngine,
 ) -> StageContext:
     schema = output_schema(model.task.output_fields, plan.columns.keep_fields)
     check_collisions(
@@ -169,4 +181,5 @@ def _stage_context(
         generation=Generation(""),
         run_id=run_id,
         open_storage=open_storage,
+        make_engine=make_engine,
     )

@@ -18,7 +18,8 @@ import ray
 
 from granite_ray.attempts import LiveCounts
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
-from granite_ray.config import JobConfig
+from granite_ray.config import EngineConfig, JobConfig, ModelConfig
+from granite_ray.engine.factory import Engine
 from granite_ray.errors import ConfigError, InfrastructureError
 from granite_ray.io.commit import Generation, commit_shard, file_path
 from granite_ray.io.lease import check_lease
@@ -33,6 +34,9 @@ from granite_ray.tasks import TaskLimits, make_task
 from granite_ray.tokenizer import Tokenizer, load_tokenizer
 
 REPORT_INTERVAL_S = 1.0
+
+MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
+"""Builds the engine of one replica, in the replica's own process; see `factory.make_engine`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class StageContext:
     generation: Generation
     run_id: str
     open_storage: Callable[[str], Storage]
+    make_engine: MakeEngine
 
     @property
     def sink(self) -> Storage:
@@ -122,12 +127,10 @@ class ReplicaWorker:
     """The actor that holds one replica: shards come in side by side and share the engine."""
 
     def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
-        from granite_ray.engine.factory import make_engine
-
         config, checkpoint = context.config, _local_checkpoint(context)
         self.schema = context.schema
         self.journal = journal
-        self.engine = make_engine(checkpoint, config.model, config.engine, num_threads)
+        self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
         limits = task_limits(config, checkpoint)
         self.task = make_task(config.task, load_tokenizer(checkpoint.path), limits)
         self.gate = ReplicaGate(config.engine.max_num_batched_tokens)
