@@ -10,6 +10,8 @@ from rich.table import Table
 from granite_ray.io.results import read_results
 
 NUM_SHOWN = 8
+COLUMNS = {"package": 18, "synopsis": 24, "truth": 11, "label": 11, "confidence": 10}
+"""Columns and their widths: 80 characters together."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _sample(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Some of the rows", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("package", "synopsis", "section (truth)", "label", "confidence"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=44)
+    for name, width in COLUMNS.items():
+        table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=width)
     step = max(1, len(rows) // NUM_SHOWN)
     for row in rows[::step][:NUM_SHOWN]:
         confidence = f"{row['confidence']:.3f}" if row["confidence"] is not None else ""
