@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.text import Text
 
 from granite_ray.cluster import stop_ray
 from granite_ray.config import config_schema, load_config
@@ -28,8 +29,8 @@ def _call(arguments: argparse.Namespace) -> int:
     try:
         code: int = arguments.command(arguments, console)
     except GraniteRayError as error:
-        console.print(f"[bold red]{_kind(error)}[/] ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        words = Text(_kind(error), style="bold red").append(f" {error}", style="not bold default")
+        console.print(words, soft_wrap=True)
         return error.exit_code
     return code
 
@@ -79,7 +80,7 @@ def _redrive(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _close(report: RunReport, console: Console) -> int:
-    console.print(closing_words(report), highlight=False)
+    console.print(closing_words(report), soft_wrap=True)
     return report.exit_code
 
 
@@ -92,13 +93,14 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     if progress is None and report is None:
         raise ConfigError(f"{arguments.output} holds no job. Give the sink.path of one.")
     if progress is not None:
-        console.print(_progress_words(progress), highlight=False)
+        console.print(_progress_words(progress), highlight=False, markup=False, soft_wrap=True)
     if report is not None:
         console.print(
             f"last run {report['run_id']} ended with exit code {report['exit_code']}"
             + (f": {report['error']}" if report["error"] else ""),
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
     return 0
 

@@ -85,8 +85,11 @@ def run_job(
     model = _load_model(config)
     sink = open_storage(config.sink.path)
     report = RunReport(uuid.uuid4().hex[:12], config.task.kind, model.checkpoint.name, sink.root)
-    view = ProgressView(console, sink, report.run_id)
-    with Interrupts() as interrupts, Cluster(config.job, config.engine) as cluster:
+    with (
+        ProgressView(console, sink, report.run_id) as view,
+        Interrupts() as interrupts,
+        Cluster(config.job, config.engine) as cluster,
+    ):
         view.say("planning")
         with report.timed("plan"):
             plan = plan_input(config.source, sorted(model.task.columns), open_storage, cluster)

@@ -7,8 +7,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from granite_ray.errors import StorageError
 from granite_ray.io.storage import Storage
@@ -17,6 +21,7 @@ from granite_ray.report import replace_always
 PROGRESS_PATH = "_granite/progress.json"
 WRITE_INTERVAL_S = 5.0
 LINE_INTERVAL_S = 10.0
+BAR_WIDTH = 30
 
 
 @dataclass(slots=True)
@@ -49,43 +54,58 @@ class ProgressView:
         self._last_write = float("-inf")
         self._base = 0
         self._beat = 0
-        self._bar = _bar(console) if console and console.is_terminal else None
-        self._task_id = self._bar.add_task("starting", total=None, about="") if self._bar else None
+        self._is_answering = False
+        self._live = LiveView(console) if console and console.is_terminal else None
 
     def say(self, message: str) -> None:
         """Show one line on what goes on now."""
-        if self._bar is not None and self._task_id is not None:
-            self._bar.start()
-            self._bar.update(self._task_id, description=message)
-        elif self._console:
-            self._console.print(message, highlight=False)
+        if self._live is not None:
+            self._live.say(message)
+        else:
+            self._print(message)
 
     def begin(self, counts: Counts) -> None:
-        """Start the clock of the rate: what is committed now was there before."""
-        self._started, self._base = time.monotonic(), max(counts.committed, counts.answered)
+        """Take what is committed now as what was there before."""
+        self._base = max(counts.committed, counts.answered)
         self.update(counts)
 
     def update(self, counts: Counts) -> None:
         """Show the counts, and write them down when it is time."""
+        if counts.replicas and not self._is_answering:
+            self._is_answering = True
+            self.say("answering")
+        if not self._is_answering:
+            self._started = time.monotonic()  # a rate over the start of Ray would say nothing
         done = max(counts.committed, counts.answered)
         rate = (done - self._base) / max(1e-9, time.monotonic() - self._started)
         left_s = (counts.planned - done) / rate if rate > 0 else None
         about = _about(counts, rate, left_s)
-        if self._bar is not None and self._task_id is not None:
-            self._bar.update(
-                self._task_id, completed=done, total=counts.planned or None, about=about
-            )
-        elif self._console and time.monotonic() - self._last_line >= LINE_INTERVAL_S:
+        if self._live is not None:
+            self._live.show(done, counts.planned, about)
+        elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._console.print(f"{done:,}/{counts.planned:,} documents  {about}", highlight=False)
+            self._print(f"{done:,} of {counts.planned:,} documents, {about}")
         if time.monotonic() - self._last_write >= WRITE_INTERVAL_S:
             self._write("running", counts, rate, left_s)
 
     def end(self, state: str, counts: Counts) -> None:
-        """Take the live line away and write the last counts."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Take the live view away and write the last counts; leaving does the former alone."""
+        self._close()
         self._write(state, counts, 0.0, None)
+
+    def __enter__(self) -> "ProgressView":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _print(self, line: str) -> None:
+        if self._console:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _write(self, state: str, counts: Counts, rate: float, left_s: float | None) -> None:
         self._last_write = time.monotonic()
@@ -118,24 +138,50 @@ def default_console() -> Console:
     return Console(file=sys.stderr)
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[about]}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+class LiveView:
+    """What a terminal shows while a run goes on: what is being done, how far, how fast.
+
+    Two lines that fit 80 columns, redrawn in place and gone at the end.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._spinner = Spinner("dots")
+        self._bar = ProgressBar(width=BAR_WIDTH)
+        self._message = self._done = self._about = ""
+        self._live = Live(console=console, transient=True, get_renderable=self._render)
+
+    def say(self, message: str) -> None:
+        """Show what is being done."""
+        self._message = message
+        self._live.start()
+
+    def show(self, done: int, planned: int, about: str) -> None:
+        """Show how far it is."""
+        self._bar.update(completed=done, total=max(planned, done))
+        self._done, self._about = f"{done:,} of {planned:,} documents", about
+
+    def stop(self) -> None:
+        """Take it away."""
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        self._spinner.update(text=self._message)
+        if not self._done:
+            return self._spinner
+        line = Table.grid(padding=(0, 2))
+        line.add_row(self._bar, self._done)
+        return Group(self._spinner, line, Text(self._about))
 
 
 def _about(counts: Counts, rate: float, left_s: float | None) -> str:
-    words = [f"{rate:,.1f} documents/s", f"{counts.failed:,} failed"]
-    words.append(f"{counts.shards_committed:,}/{counts.shards_planned:,} shards")
+    words = [
+        f"{rate:,.1f} documents/s",
+        f"{counts.failed:,} failed",
+        f"{counts.shards_committed:,} of {counts.shards_planned:,} shards committed",
+    ]
     if left_s is not None:
         words.append(f"{duration(left_s)} left")
-    return "  ".join(words)
+    return ", ".join(words)
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ No document text is ever in it.
 """
 
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,6 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from granite_ray.io.commit import SnapshotFile
@@ -140,69 +138,64 @@ HEADLINES: Mapping[int, tuple[str, str]] = {
     3: ("yellow", "Done: every document has its row; some could not be answered."),
     4: ("red", "Too many documents failed (job.max_failed_fraction)."),
 }
+MAX_SHOWN_FILES = 5
 
 
-def closing_words(report: RunReport) -> RenderableType:
-    """Return the closing summary: what was done, what failed and why, how to read the results."""
+def closing_words(report: RunReport) -> Text:
+    """Return the closing summary: what was done, what failed and why, how to read the results.
+
+    Lines are as long as they are: a path or a query that is broken in two cannot be copied.
+    """
     color, headline = HEADLINES.get(report.exit_code, ("red", report.error or "Stopped."))
-    parts: list[RenderableType] = [
-        Text(headline, style=f"bold {color}"),
-        Padding(_counts(report), (0, 2)),
-    ]
-    if report.failures:
-        parts.append(Padding(_failures(report), (0, 2)))
-    if report.bad_files:
-        parts.append(
-            Text(f"{len(report.bad_files)} unreadable input files were skipped:", style="yellow")
-        )
-        parts += [
-            Text(f"  {path}: {reason}") for path, reason in sorted(report.bad_files.items())[:5]
-        ]
-    parts.append(_how_to_read(report))
-    return Group(*parts)
+    if report.exit_code == 0 and report.documents.failed:
+        headline = HEADLINES[3][1]  # --allow-failed
+    words = Text(headline, style=f"bold {color}")
+    for label, value in _facts(report):
+        words.append(f"\n  {label:<11}", style="not bold default")
+        words.append(value, style="not bold default")
+    words.append(f"\nResults in {report.sink}; read them with", style="bold default")
+    for label, value in _ways_to_read(report):
+        words.append(f"\n  {label:<11}{value}", style="not bold default")
+    return words
 
 
-def _counts(report: RunReport) -> Table:
-    table = Table.grid(padding=(0, 3))
+def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     documents, shards = report.documents, report.shards
-    seconds = report.seconds.get("generate", 0.0)
-    rate = (
-        f", {documents.generated / seconds:,.1f} a second"
-        if seconds and documents.generated
-        else ""
+    yield (
+        "Documents",
+        f"{documents.input:,} in = {documents.ok:,} ok + {documents.failed:,} failed",
     )
-    table.add_row(
-        "Documents", f"{documents.input:,} in = {documents.ok:,} ok + {documents.failed:,} failed"
-    )
-    table.add_row(
+    yield (
         "",
-        f"{documents.generated:,} answered now{rate}, {documents.reused:,} reused, "
+        f"{documents.generated:,} answered now{_rate(report)}, {documents.reused:,} reused, "
         f"{documents.already_committed:,} there already",
     )
-    table.add_row("Shards", f"{shards.planned:,}, {shards.committed:,} committed now")
-    table.add_row(
-        "Tokens", f"{report.tokens['prompt']:,} in prompts, {report.tokens['completion']:,} written"
-    )
-    table.add_row("Model", f"{report.checkpoint}, {report.model_calls:,} calls")
-    table.add_row("Time", f"{report.total_s:,.1f} s")
-    if report.worker_deaths:
-        table.add_row("Workers", f"{report.worker_deaths} died and were replaced")
-    return table
-
-
-def _failures(report: RunReport) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), show_header=False)
     for error_type, count in report.failures.most_common():
-        table.add_row("failed", Text(error_type, style="yellow"), f"{count:,}")
-    return table
+        yield "Failed", f"{count:,} {error_type}"
+    for index, (path, reason) in enumerate(sorted(report.bad_files.items())):
+        if index < MAX_SHOWN_FILES:
+            yield "Skipped", f"{path}: {reason}"
+    if len(report.bad_files) > MAX_SHOWN_FILES:
+        yield "", f"and {len(report.bad_files) - MAX_SHOWN_FILES:,} more files, in {REPORT_PATH}"
+    yield "Shards", f"{shards.planned:,}, {shards.committed:,} committed now"
+    tokens = report.tokens
+    yield "Tokens", f"{tokens['prompt']:,} in prompts, {tokens['completion']:,} written"
+    yield "Model", f"{report.checkpoint}, {report.model_calls:,} calls"
+    if report.worker_deaths:
+        yield "Workers", f"{report.worker_deaths:,} died and were replaced"
+    if report.storage_retries:
+        yield "Storage", f"{report.storage_retries:,} calls had to be repeated"
+    yield "Time", f"{report.total_s:,.1f} s"
 
 
-def _how_to_read(report: RunReport) -> RenderableType:
-    lines = [
-        Text(f"Results in {report.sink}; read them with", style="bold"),
-        Text(f'  python: granite_ray.read_results("{report.sink}").to_pandas()'),
-        Text(f"  duckdb: SELECT * FROM '{report.sink}/results/*.parquet'"),
-    ]
+def _rate(report: RunReport) -> str:
+    seconds, generated = report.seconds.get("generate", 0.0), report.documents.generated
+    return f" ({generated / seconds:,.1f} a second)" if seconds and generated else ""
+
+
+def _ways_to_read(report: RunReport) -> Iterator[tuple[str, str]]:
+    yield "python", f"granite_ray.read_results({json.dumps(report.sink)}).to_pandas()"
+    pattern = f"{report.sink}/results/*.parquet".replace("'", "''")
+    yield "duckdb", f"SELECT * FROM '{pattern}'"
     if report.documents.failed:
-        lines.append(Text(f"  again:  granite-ray redrive {report.sink}   (the failed rows only)"))
-    return Group(*lines)
+        yield "again", f"granite-ray redrive {shlex.quote(report.sink)}   (failed rows only)"

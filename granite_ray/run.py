@@ -50,21 +50,10 @@ class Run:
             GraniteRayError: Whatever ends the run early; what is committed stays.
         """
         self._count_committed(plan, resumption)
-        if not resumption.work:
-            return
-        self._view.say("starting Ray and the replicas")
-        replica = self._cluster.place_replicas()
-        self._interrupts.install()
         state = "stopped"
-        events = stream_shards(resumption.work, context, replica)
         try:
-            with self.report.timed("generate"), closing(events):
-                for event in events:
-                    if isinstance(event, CommittedShard):
-                        self._count(event)
-                    else:
-                        self._look(event)
-            self._raise_if_told_to_stop()
+            if resumption.work:
+                self._stream(resumption, context)
             state = "done"
         finally:
             self._view.end(state, self._counts)
@@ -84,6 +73,19 @@ class Run:
             self.report.exit_code = TOO_MANY_FAILED
         else:
             self.report.exit_code = SOME_FAILED if documents.failed and not allow_failed else 0
+
+    def _stream(self, resumption: Resumption, context: StageContext) -> None:
+        self._view.say("starting Ray and the replicas")
+        replica = self._cluster.place_replicas()
+        self._interrupts.install()
+        events = stream_shards(resumption.work, context, replica)
+        with self.report.timed("generate"), closing(events):
+            for event in events:
+                if isinstance(event, CommittedShard):
+                    self._count(event)
+                else:
+                    self._look(event)
+        self._raise_if_told_to_stop()
 
     def _rows_unknown(self, plan: InputPlan) -> bool:
         return not plan.is_exact or bool(self.report.bad_files)
