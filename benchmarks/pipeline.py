@@ -31,7 +31,7 @@ TOKENS_PER_DOCUMENT = 300
 
 
 def write_corpus(folder: Path, num_documents: int) -> None:
-    """Write documents of about 300 tokens, made of sentences of the embedded corpus, no two alike."""
+    """Write documents of about 300 tokens from the embedded corpus, no two alike."""
     tokenizer = load_tokenizer(str(CHECKPOINT))
     texts = pq.read_table(QUICKSTART_CORPUS, columns=["text"])["text"].to_pylist()
     token_ids = [token for text in texts for token in tokenizer.encode_text(text + " ")]
