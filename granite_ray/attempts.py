@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from granite_ray.errors import InfrastructureError
+from granite_ray.errors import GraniteRayError, InfrastructureError
 from granite_ray.programs import Attempt, Mode
 
 MAX_LONE_DEATHS = 2
@@ -25,6 +25,7 @@ class _ShardJournal:
     """What is known of one shard: where it runs now, and the deaths charged to it."""
 
     node_id: str | None = None
+    is_inside: bool = False
     document: int | None = None
     num_deaths: int = 0
     lone_deaths: dict[int, int] = field(default_factory=dict)
@@ -53,9 +54,10 @@ class Journal:
 
     def __init__(self, is_node_alive: Callable[[str], bool]) -> None:
         self._is_node_alive = is_node_alive
-        self._running: dict[str, _ShardJournal] = {}
+        self._running: set[str] = set()
         self._shards: dict[str, _ShardJournal] = {}
-        self._counts: dict[str, LiveCounts] = {}
+        self._counts: dict[tuple[str, int], LiveCounts] = {}
+        self._start_error: GraniteRayError | None = None
         self._num_signs = 0
         self._is_draining = False
 
@@ -66,13 +68,14 @@ class Journal:
             InfrastructureError: If the shard has killed too many workers.
         """
         if self._is_draining:
+            self._running.discard(shard_id)
             return Attempt("skip")
         self._num_signs += 1
         journal = self._shards.setdefault(shard_id, _ShardJournal())
-        if shard_id in self._running and self._is_node_alive(journal.node_id or ""):
+        if journal.is_inside and self._is_node_alive(journal.node_id or ""):
             self._charge(shard_id, journal)
-        journal.node_id, journal.document = node_id, None
-        self._running[shard_id] = journal
+        journal.node_id, journal.is_inside, journal.document = node_id, False, None
+        self._running.add(shard_id)
         deadly = {at for at, deaths in journal.lone_deaths.items() if deaths >= MAX_LONE_DEATHS}
         modes: tuple[Mode, ...] = ("together", "alone", "one_by_one")
         return Attempt(modes[min(journal.num_deaths, 2)], frozenset(deadly))
@@ -88,6 +91,11 @@ class Journal:
                 "workers' logs; the job can be resumed."
             )
 
+    def enter(self, shard_id: str) -> None:
+        """Note that a shard has its place in a replica; one that still waits kills no worker."""
+        self._num_signs += 1
+        self._shards[shard_id].is_inside = True
+
     def begin_document(self, shard_id: str, position: int) -> None:
         """Note which document of a shard runs alone now."""
         self._num_signs += 1
@@ -96,20 +104,22 @@ class Journal:
     def end(self, shard_id: str) -> None:
         """Note that a shard's answers are complete or given up: what dies now is not its fault."""
         self._num_signs += 1
-        self._running.pop(shard_id, None)
+        if shard_id in self._running:
+            self._running.remove(shard_id)
+            self._shards[shard_id].is_inside = False
 
-    def report(self, worker_id: str, counts: Mapping[str, int]) -> None:
-        """Take over a replica's counts; that it reports is a sign of life."""
+    def report(self, replica_id: str, process_id: int, counts: Mapping[str, int]) -> None:
+        """Take over the counts of a replica's process; that it reports is a sign of life."""
         self._num_signs += 1
-        self._counts[worker_id] = LiveCounts(**counts)
+        self._counts[replica_id, process_id] = LiveCounts(**counts)
+
+    def cannot_start(self, error: GraniteRayError) -> None:
+        """Note why a replica could not start: of a dead actor's error Ray keeps the text alone."""
+        self._start_error = error
 
     def drain(self) -> None:
         """Let shards that run finish, and none begin."""
         self._is_draining = True
-
-    def is_draining(self) -> bool:
-        """Whether no further shard may begin."""
-        return self._is_draining
 
     def state(self) -> dict[str, Any]:
         """Return counts of all replicas, signs of life so far, and the number of running shards."""
@@ -122,7 +132,8 @@ class Journal:
             "num_signs": self._num_signs,
             "num_running": len(self._running),
             "num_deaths": deaths,
-            "replicas": len(self._counts),
+            "replicas": len({replica_id for replica_id, _ in self._counts}),
+            "start_error": self._start_error,
         }
 
 

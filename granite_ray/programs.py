@@ -64,11 +64,9 @@ async def run_programs(
         watch.on_result(result)
         return result
 
-    if attempt.mode == "together":
-        async with gate.shared():
-            return await _gather([answer(*item) for item in enumerate(documents)])
-    async with gate.alone():
-        if attempt.mode == "alone":
+    async with gate.shared() if attempt.mode == "together" else gate.alone():
+        await watch.enter()
+        if attempt.mode != "one_by_one":
             return await _gather([answer(*item) for item in enumerate(documents)])
         results = []
         for position, document in enumerate(documents):
@@ -81,9 +79,11 @@ async def run_programs(
 class ShardWatch:
     """Who wants to know how a shard goes on.
 
-    `begin_document` is awaited before a document runs alone; `on_result` is called for each result.
+    `enter` is awaited once the shard has its place in the replica, `begin_document` before a
+    document runs alone; `on_result` is called for each result.
     """
 
+    enter: Callable[[], Awaitable[None]]
     begin_document: Callable[[int], Awaitable[None]]
     on_result: Callable[[Result], None]
 
@@ -151,36 +151,41 @@ class ReplicaGate:
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
         """Hold the replica beside other shards."""
-        await self._enter(alone=False)
+        await _queue(self._shards, False, self._let_shards_in, self._leave)
         try:
             yield
         finally:
-            self._num_sharing -= 1
-            self._let_shards_in()
+            self._leave(False)
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Hold the replica with no other shard in it."""
-        await self._enter(alone=True)
+        await _queue(self._shards, True, self._let_shards_in, self._leave)
         try:
             yield
         finally:
-            self._is_alone = False
-            self._let_shards_in()
+            self._leave(True)
 
     @asynccontextmanager
     async def admit(self, num_tokens: int) -> AsyncIterator[None]:
         """Hold room for a document; one larger than all the room is admitted by itself."""
         num_tokens = min(num_tokens, self._capacity)
-        await _queue(self._documents, num_tokens, self._let_documents_in)
+        await _queue(self._documents, num_tokens, self._let_documents_in, self._give_back)
         try:
             yield
         finally:
-            self._free_tokens += num_tokens
-            self._let_documents_in()
+            self._give_back(num_tokens)
 
-    async def _enter(self, *, alone: bool) -> None:
-        await _queue(self._shards, alone, self._let_shards_in)
+    def _leave(self, alone: int) -> None:
+        if alone:
+            self._is_alone = False
+        else:
+            self._num_sharing -= 1
+        self._let_shards_in()
+
+    def _give_back(self, num_tokens: int) -> None:
+        self._free_tokens += num_tokens
+        self._let_documents_in()
 
     def _let_shards_in(self) -> None:
         while self._shards:
@@ -205,9 +210,20 @@ class ReplicaGate:
 
 
 async def _queue(
-    queue: deque[tuple[int, asyncio.Future[None]]], want: int, let_in: Callable[[], None]
+    queue: deque[tuple[int, asyncio.Future[None]]],
+    want: int,
+    let_in: Callable[[], None],
+    give_back: Callable[[int], None],
 ) -> None:
+    """Wait for what is wanted; who is cancelled meanwhile keeps nothing and holds up nobody."""
     waiter = asyncio.get_running_loop().create_future()
     queue.append((want, waiter))
     let_in()
-    await waiter
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        if waiter.cancelled():
+            let_in()  # those behind may fit where this one did not
+        else:
+            give_back(want)  # let in and cancelled in the same moment
+        raise

@@ -6,12 +6,13 @@ it, nor merge it with another, nor drop it because it is empty, nor guess its ty
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
@@ -20,7 +21,7 @@ from granite_ray.attempts import LiveCounts
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.config import EngineConfig, JobConfig, ModelConfig
 from granite_ray.engine.factory import Engine
-from granite_ray.errors import ConfigError, InfrastructureError
+from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.commit import Generation, commit_shard, file_path
 from granite_ray.io.lease import check_lease
 from granite_ray.io.reuse import POSITION, join_rows, split_reusable
@@ -34,6 +35,8 @@ from granite_ray.tasks import TaskLimits, make_task
 from granite_ray.tokenizer import Tokenizer, load_tokenizer
 
 REPORT_INTERVAL_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
 """Builds the engine of one replica, in the replica's own process; see `factory.make_engine`."""
@@ -127,17 +130,27 @@ class ReplicaWorker:
     """The actor that holds one replica: shards come in side by side and share the engine."""
 
     def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
-        config, checkpoint = context.config, _local_checkpoint(context)
         self.schema = context.schema
         self.journal = journal
+        try:
+            self._load(context, num_threads)
+        except Exception as error:
+            own = isinstance(error, GraniteRayError)
+            known = error if own else InfrastructureError(f"A replica could not start: {error!r}")
+            ray.get(journal.cannot_start.remote(known))
+            raise
+        self.gate = ReplicaGate(context.config.engine.max_num_batched_tokens)
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.replica_id = ray.get_runtime_context().get_actor_id()
+        self.counts = LiveCounts()
+        self._reporter: asyncio.Task[None] | None = None
+
+    def _load(self, context: StageContext, num_threads: int | None) -> None:
+        wait_passively()
+        config, checkpoint = context.config, _local_checkpoint(context)
         self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
         limits = task_limits(config, checkpoint)
         self.task = make_task(config.task, load_tokenizer(checkpoint.path), limits)
-        self.gate = ReplicaGate(config.engine.max_num_batched_tokens)
-        self.node_id = ray.get_runtime_context().get_node_id()
-        self.worker_id = f"{ray.get_runtime_context().get_actor_id()}-{os.getpid()}"
-        self.counts = LiveCounts()
-        self._reporter: asyncio.Task[None] | None = None
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""
@@ -161,8 +174,15 @@ class ReplicaWorker:
         prepared = await asyncio.to_thread(_unpack, block["prepared"])
         documents = await asyncio.to_thread(documents_of, prepared)
         llm = CountingLLM(self.engine)
-        watch = ShardWatch(partial(self.journal.begin_document.remote, shard_id), self._count)
-        results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
+        watch = ShardWatch(
+            partial(self.journal.enter.remote, shard_id),
+            partial(self.journal.begin_document.remote, shard_id),
+            self._count,
+        )
+        try:
+            results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
+        except InfrastructureError as error:
+            _die(error)
         rows = await asyncio.to_thread(result_table, prepared, results, self.schema)
         answered = rows.append_column(POSITION, prepared[POSITION])
         return (
@@ -177,8 +197,26 @@ class ReplicaWorker:
 
     async def _report_for_ever(self) -> None:
         while True:
-            await self.journal.report.remote(self.worker_id, asdict(self.counts))
+            await self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts))
             await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait. Call it before torch is loaded.
+
+    They spin by default, which on busy cores makes one batch take twenty times as long as another.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _die(error: InfrastructureError) -> NoReturn:
+    """End this process, whose engine is broken: Ray replaces it, and the journal counts the death.
+
+    An exception would end the job; Ray retries only what dies.
+    """
+    logger.critical("engine broken, replica ends error=%s", error, exc_info=error)
+    logging.shutdown()
+    os._exit(1)
 
 
 def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
