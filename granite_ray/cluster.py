@@ -126,6 +126,7 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_consecutive_actor_init_deaths = 3
+    context.raise_original_map_exception = True  # else only the text of a stage's error arrives
     for name in ("ray", "ray.data"):  # what goes wrong there is raised, and said once, by us
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

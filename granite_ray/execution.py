@@ -6,6 +6,7 @@ driver looks at the journal while the stream runs and gives up with a message th
 
 import json
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,7 +17,7 @@ import ray
 
 from granite_ray.attempts import close_journal, start_journal
 from granite_ray.cluster import ReplicaResources
-from granite_ray.errors import GraniteRayError, InfrastructureError
+from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
 from granite_ray.records import ShardPart
 from granite_ray.workers import ReplicaWorker, ShardWork, StageContext, commit, read_and_prepare
@@ -83,7 +84,7 @@ def _watch(background: "_Background", watchdog: "Watchdog") -> Iterator[Committe
             if item is None:
                 return
             if isinstance(item, BaseException):
-                raise _own_error(item) from item
+                raise _cause(item, watchdog) from item
             yield from _committed(item)
             if watchdog.is_due:
                 yield Tick(watchdog.look(), watchdog.drain)
@@ -154,6 +155,7 @@ class Watchdog:
         """Return the journal's state.
 
         Raises:
+            ConfigError: If a replica could not start, and will not the next time either.
             InfrastructureError: If it does not answer, or no replica has shown a sign of life.
         """
         self._last_look = time.monotonic()
@@ -167,6 +169,8 @@ class Watchdog:
                     "control store is gone. What is committed stays; run again to resume."
                 ) from error
             return self._state
+        if isinstance(self._state["start_error"], ConfigError):
+            raise self._state["start_error"]
         if self._state["num_signs"] != self._num_signs:
             self._num_signs, self._last_sign = self._state["num_signs"], time.monotonic()
         elif time.monotonic() - self._last_sign > self._timeout_s:
@@ -225,17 +229,25 @@ def _committed(block: Any) -> Iterator[CommittedShard]:
             )
 
 
-def _own_error(error: BaseException) -> BaseException:
-    """Find what a stage raised inside what Ray made of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, GraniteRayError):
-            # Ray's copy inherits from the cause's class; take the plain one where there is one.
-            cause = getattr(seen, "cause", seen)
-            return cause if isinstance(cause, GraniteRayError) else seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    if isinstance(error, ray.exceptions.RayTaskError | AssertionError):
-        return error
-    if isinstance(error, ray.exceptions.RayError | OSError):
-        return InfrastructureError(f"Ray could not go on: {error}")
+def _cause(error: BaseException, watchdog: Watchdog) -> BaseException:
+    """Return what ended a stream, as its own class."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        start_error: GraniteRayError | None = watchdog.look().get("start_error")
+        if start_error is not None:
+            return start_error
+    return own_error(error)
+
+
+def own_error(error: BaseException) -> BaseException:
+    """Return what a stage raised, out of what Ray made of it; what Ray itself raised is no bug."""
+    while isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
+    if isinstance(error, ray.exceptions.RayError):
+        return InfrastructureError(f"Ray could not go on: {first_line(error)}")
     return error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a message, without the colors that Ray writes into it."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return plain.partition("\n")[0] or type(error).__name__
