@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from granite_ray.errors import StorageError
-from granite_ray.records import Result, Shard, ShardPart
+from granite_ray.records import PREPARED_FIELDS, Result, Shard, ShardPart
 
 RECORD_KEY = b"granite_ray"
 SCHEMA_VERSION = 1
 ROW_GROUP_SIZE = 10_000
+CARRIED_COLUMNS = ("document_id", "content_hash", "source_file", "source_row")
+"""What a row takes over from its prepared document beside the kept columns; its `text` is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ def result_table(prepared: pa.Table, results: Sequence[Result], schema: pa.Schem
         schema: `records.output_schema`, with `task` and `checkpoint` in its metadata.
     """
     constants = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    carried = {*CARRIED_COLUMNS, *prepared.schema.names[len(PREPARED_FIELDS) :]}
     columns = []
     for column in schema:
         if column.name in _RESULT_COLUMNS:
@@ -72,7 +75,7 @@ def result_table(prepared: pa.Table, results: Sequence[Result], schema: pa.Schem
             columns.append(pa.array(values, column.type))
         elif column.name in constants:
             columns.append(pa.repeat(pa.scalar(constants[column.name], column.type), len(results)))
-        elif column.name in prepared.schema.names:
+        elif column.name in carried:
             columns.append(prepared.column(column.name).cast(column.type))
         else:
             values = [result.values.get(column.name) for result in results]
