@@ -96,8 +96,8 @@ class Journal:
         self._num_signs += 1
         self._shards[shard_id].is_inside = True
 
-    def begin_document(self, shard_id: str, position: int) -> None:
-        """Note which document of a shard runs alone now."""
+    def begin_document(self, shard_id: str, position: int | None) -> None:
+        """Note which document of a shard runs alone now; None after its last."""
         self._num_signs += 1
         self._shards[shard_id].document = position
 

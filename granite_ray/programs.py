@@ -72,6 +72,7 @@ async def run_programs(
         for position, document in enumerate(documents):
             await watch.begin_document(position)
             results.append(await answer(position, document))
+        await watch.begin_document(None)  # the next shard let in may kill the worker at once
         return results
 
 
@@ -80,11 +81,11 @@ class ShardWatch:
     """Who wants to know how a shard goes on.
 
     `enter` is awaited once the shard has its place in the replica, `begin_document` before a
-    document runs alone; `on_result` is called for each result.
+    document runs alone, and with None after the last; `on_result` is called for each result.
     """
 
     enter: Callable[[], Awaitable[None]]
-    begin_document: Callable[[int], Awaitable[None]]
+    begin_document: Callable[[int | None], Awaitable[None]]
     on_result: Callable[[Result], None]
 
 

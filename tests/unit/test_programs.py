@@ -278,7 +278,7 @@ class Journaled:
     """What a journal would have been told."""
 
     def __init__(self) -> None:
-        self.events: list[str | int] = []
+        self.events: list[str | int | None] = []
         self.results: list[Result] = []
 
     @property
@@ -286,7 +286,7 @@ class Journaled:
         async def enter() -> None:
             self.events.append("enter")
 
-        async def begin_document(position: int) -> None:
+        async def begin_document(position: int | None) -> None:
             self.events.append(position)
 
         return ShardWatch(enter, begin_document, self.results.append)
@@ -343,7 +343,9 @@ def test_documents_of_a_shard_run_together_and_one_at_a_time_where_told() -> Non
     assert run_shard(shard, Attempt("alone"))[1].most_inside == 3
     _, task, told = run_shard(shard, Attempt("one_by_one"))
     assert task.most_inside == 1
-    assert told.events == ["enter", 0, 1, 2]
+    assert told.events == ["enter", 0, 1, 2, None], (
+        "None: what dies now is not the last one's fault"
+    )
 
 
 def test_a_deadly_document_and_one_found_bad_before_are_never_given_to_the_engine() -> None:
