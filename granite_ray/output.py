@@ -14,6 +14,7 @@ from granite_ray.io.commit import (
     Generation,
     Snapshot,
     SnapshotFile,
+    delete_probes,
     delete_superseded,
     probe_put_if_absent,
     read_snapshot,
@@ -69,6 +70,7 @@ class HeldOutput:
         if not _is_same(self.snapshot, new):
             write_snapshot(self.sink, new, self.lease.check)
         self.report.shards.superseded = delete_superseded(self.sink, new, self.lease.check)
+        delete_probes(self.sink)
         for folder in ("", RESULTS_FOLDER, "_granite"):
             self.sink.sweep(folder)
 

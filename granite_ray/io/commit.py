@@ -232,3 +232,10 @@ def probe_put_if_absent(storage: Storage, run_id: str) -> None:
         "object succeeded), so results could be lost or doubled. Use a storage that honours "
         "If-None-Match."
     )
+
+
+def delete_probes(storage: Storage) -> None:
+    """Delete the probes of runs that were killed before they could."""
+    for file in storage.list(PROBE_PATH.rpartition("/")[0]):
+        if file.path.startswith(PROBE_PATH):
+            storage.delete(file.path)
