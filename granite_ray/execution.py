@@ -31,17 +31,20 @@ COMMIT_CPUS = 0.25
 """Unlike a replica's, or Ray Data would fuse reading into the replica's actor."""
 STOP_S = 10.0
 TICK_S = 0.5
+RAY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts .*", re.DOTALL)
+"""What Ray Data adds to the words of every error: how to make it try again."""
 CLUSTER_SILENCE_S = 30.0
 """How long the journal may not answer. Ray itself ends the process after 60 s without its head."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommittedShard:
-    """One shard that is committed now; `model_calls` were made for it in this run."""
+    """One shard that is committed now, and the calls made, and repeated, for it in this run."""
 
     path: str
     record: CommitRecord
     model_calls: int
+    num_retries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,10 @@ def _committed(block: Any) -> Iterator[CommittedShard]:
             values = json.loads(row["record"])
             parts = tuple(ShardPart(**part) for part in values.pop("parts"))
             yield CommittedShard(
-                row["path"], CommitRecord(parts=parts, **values), row["model_calls"]
+                row["path"],
+                CommitRecord(parts=parts, **values),
+                row["model_calls"],
+                row["num_retries"],
             )
 
 
@@ -244,6 +250,8 @@ def own_error(error: BaseException) -> BaseException:
         error = error.cause
     if isinstance(error, ray.exceptions.RayError):
         return InfrastructureError(f"Ray could not go on: {first_line(error)}")
+    if error.args and isinstance(error.args[0], str):
+        error.args = (RAY_ADVICE.sub("", error.args[0]), *error.args[1:])
     return error
 
 

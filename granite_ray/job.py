@@ -4,7 +4,8 @@ plan shards → read documents → prepare chunks → generate answers → merge
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from granite_ray.fingerprint import make_fingerprint
 from granite_ray.interrupts import Interrupts
 from granite_ray.io.commit import Generation
 from granite_ray.io.sources import check_collisions
-from granite_ray.io.storage import Storage, absolute, open_storage
+from granite_ray.io.storage import OpenedStorages, Storage, absolute, open_storage
 from granite_ray.output import hold_output, read_job
 from granite_ray.planning import InputPlan, limit_plan, plan_input
 from granite_ray.progress import ProgressView
@@ -83,7 +84,8 @@ def run_job(
     """
     config = _with_absolute_paths(config)
     model = _load_model(config)
-    sink = open_storage(config.sink.path)
+    storages = OpenedStorages(open_storage)
+    sink = storages(config.sink.path)
     report = RunReport(uuid.uuid4().hex[:12], config.task.kind, model.checkpoint.name, sink.root)
     with (
         ProgressView(console, sink, report.run_id) as view,
@@ -92,10 +94,13 @@ def run_job(
     ):
         view.say("planning")
         with report.timed("plan"):
-            plan = plan_input(config.source, sorted(model.task.columns), open_storage, cluster)
+            plan = plan_input(config.source, sorted(model.task.columns), storages, cluster)
         context = _stage_context(config, model, plan, report.run_id, open_storage, make_engine)
         fingerprint = make_fingerprint(config, model.checkpoint.identity, context.schema)
-        with hold_output(sink, report, config.job.lease_s, view.say) as output:
+        with (
+            hold_output(sink, report, config.job.lease_s, view.say) as output,
+            _counted_retries(storages, report),
+        ):
             output.claim(config, fingerprint, restart=options.restart)
             context = replace(context, generation=output.generation)
             to_do = limit_plan(plan, options.limit, config.source)
@@ -141,6 +146,15 @@ def redrive_job(
     return run_job(
         config, options, open_storage=open_storage, make_engine=make_engine, console=console
     )
+
+
+@contextmanager
+def _counted_retries(storages: OpenedStorages, report: RunReport) -> Iterator[None]:
+    """Add the driver's own repeated calls to the report, however the run ends."""
+    try:
+        yield
+    finally:
+        report.storage_retries += storages.num_retries
 
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:

@@ -113,6 +113,7 @@ class Run:
         report.documents.generated += record.num_generated
         report.documents.reused += record.num_reused
         report.model_calls += shard.model_calls
+        report.storage_retries += shard.num_retries
         counts.shards_committed += 1
         counts.committed += record.num_rows
         counts.failed = report.documents.failed

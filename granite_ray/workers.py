@@ -27,7 +27,7 @@ from granite_ray.io.lease import check_lease
 from granite_ray.io.reuse import POSITION, join_rows, split_reusable
 from granite_ray.io.sinks import CommitRecord, count_rows, result_table
 from granite_ray.io.sources import SourceColumns, read_shard
-from granite_ray.io.storage import Storage
+from granite_ray.io.storage import OpenedStorages, Storage
 from granite_ray.prepare import documents_of, prepare_shard
 from granite_ray.programs import Attempt, CountingLLM, ReplicaGate, ShardWatch, run_programs
 from granite_ray.records import Result, Shard, ShardPart
@@ -78,11 +78,6 @@ class StageContext:
     open_storage: Callable[[str], Storage]
     make_engine: MakeEngine
 
-    @property
-    def sink(self) -> Storage:
-        """The storage of the results."""
-        return self.open_storage(self.config.sink.path)
-
 
 # read, prepare ───────────────────────────────────────────────────────────────────────────────────
 
@@ -90,16 +85,18 @@ class StageContext:
 def read_and_prepare(block: pa.Table, context: StageContext) -> pa.Table:
     """Read one shard and cut its documents; split off rows whose answers are there already."""
     work = ShardWork.from_json(block["work"][0].as_py())
-    source = context.open_storage(context.source_root)
+    storages = OpenedStorages(context.open_storage)
+    source, sink = storages(context.source_root), storages(context.config.sink.path)
     raw = read_shard(source, work.shard, context.columns, context.config.source)
     tokenizer = _tokenizer(_local_checkpoint(context).path)
     prepared = prepare_shard(
         raw.table, tokenizer, context.config.chunking, context.max_chunk_tokens
     )
-    to_do, reused = split_reusable(prepared, context.sink, work.reuse, context.schema)
+    to_do, reused = split_reusable(prepared, sink, work.reuse, context.schema)
     bad_files = json.dumps({bad.path: bad.reason for bad in raw.bad_files})
-    columns = [pa.array([work.to_json()]), pa.array([bad_files]), _pack(to_do), _pack(reused)]
-    return pa.table(columns, names=["work", "bad_files", "prepared", "reused"])
+    known = [pa.array([work.to_json()]), pa.array([bad_files]), pa.array([storages.num_retries])]
+    columns = [*known, _pack(to_do), _pack(reused)]
+    return pa.table(columns, names=["work", "bad_files", "num_retries", "prepared", "reused"])
 
 
 @lru_cache(maxsize=2)
@@ -163,7 +160,7 @@ class ReplicaWorker:
             raise InfrastructureError("The run has ended; its journal is gone.") from error
         if attempt.mode == "skip":
             yield (
-                block.select(["work", "bad_files", "reused"])
+                block.drop_columns(["prepared"])
                 .append_column("answered", pa.nulls(1, pa.large_binary()))
                 .append_column("model_calls", pa.array([0]))
             )
@@ -186,7 +183,7 @@ class ReplicaWorker:
         rows = await asyncio.to_thread(result_table, prepared, results, self.schema)
         answered = rows.append_column(POSITION, prepared[POSITION])
         return (
-            block.select(["work", "bad_files", "reused"])
+            block.drop_columns(["prepared"])
             .append_column("answered", _pack(answered))
             .append_column("model_calls", pa.array([llm.num_calls]))
         )
@@ -235,7 +232,7 @@ def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
 def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
     """Commit one shard; return its path and commit record, nulls where it was skipped."""
     if not block["answered"][0].is_valid:
-        return _committed(None, None, 0)
+        return _committed(None, None)
     work = ShardWork.from_json(block["work"][0].as_py())
     answered, reused = _unpack(block["answered"]), _unpack(block["reused"])
     rows = join_rows(answered, reused)
@@ -251,20 +248,28 @@ def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
         bad_files=json.loads(block["bad_files"][0].as_py()),
         **count_rows(rows),
     )
-    sink, tag = context.sink, context.generation.tag
+    storages, tag = OpenedStorages(context.open_storage), context.generation.tag
+    sink = storages(context.config.sink.path)
     record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
     ray.get(journal.end.remote(record.shard_id))
     path = file_path(record.shard_id, tag, record.revision)
-    return _committed(path, json.dumps(asdict(record)), block["model_calls"][0].as_py())
+    num_retries = block["num_retries"][0].as_py() + storages.num_retries
+    return _committed(
+        path, json.dumps(asdict(record)), block["model_calls"][0].as_py(), num_retries
+    )
 
 
-def _committed(path: str | None, record: str | None, model_calls: int) -> pa.Table:
-    columns = [
-        pa.array([path], pa.string()),
-        pa.array([record], pa.string()),
-        pa.array([model_calls]),
-    ]
-    return pa.table(columns, names=["path", "record", "model_calls"])
+def _committed(
+    path: str | None, record: str | None, model_calls: int = 0, num_retries: int = 0
+) -> pa.Table:
+    return pa.table(
+        {
+            "path": pa.array([path], pa.string()),
+            "record": pa.array([record], pa.string()),
+            "model_calls": pa.array([model_calls]),
+            "num_retries": pa.array([num_retries]),
+        }
+    )
 
 
 # tables inside a Ray block ───────────────────────────────────────────────────────────────────────

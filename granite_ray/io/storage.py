@@ -3,14 +3,15 @@
 Paths are relative to the storage's root and use `/`. Nothing here knows what the files mean.
 """
 
-from typing import BinaryIO, Protocol
+from collections.abc import Callable
+from typing import Any, BinaryIO, Protocol
 
 from granite_ray.errors import ConfigError
 from granite_ray.io.files import FileInfo, absolute
 from granite_ray.io.local import LocalStorage
 from granite_ray.io.s3 import S3Storage
 
-__all__ = ["FileInfo", "Storage", "absolute", "open_storage"]
+__all__ = ["FileInfo", "OpenedStorages", "Storage", "absolute", "open_storage"]
 
 
 class Storage(Protocol):
@@ -78,3 +79,28 @@ def open_storage(path: str) -> Storage:
             f"local folder."
         )
     return LocalStorage(path)
+
+
+class OpenedStorages:
+    """Opens storages, each once, and knows how many calls they had to repeat in all.
+
+    Pickled, it is only what opens them: another process counts its own.
+    """
+
+    def __init__(self, open_storage: Callable[[str], Storage]) -> None:
+        self._open_storage = open_storage
+        self._opened: dict[str, Storage] = {}
+
+    def __call__(self, path: str) -> Storage:
+        """Return the storage whose root is `path`."""
+        if path not in self._opened:
+            self._opened[path] = self._open_storage(path)
+        return self._opened[path]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenedStorages, (self._open_storage,)
+
+    @property
+    def num_retries(self) -> int:
+        """Calls that had to be repeated so far, in this process."""
+        return sum(storage.num_retries for storage in self._opened.values())
