@@ -85,6 +85,7 @@ def _watch(background: "_Background", watchdog: "Watchdog") -> Iterator[Committe
                 yield Tick(watchdog.look(), watchdog.drain)
                 continue
             if item is None:
+                yield Tick(watchdog.look(), watchdog.drain)  # deaths since the last one count too
                 return
             if isinstance(item, BaseException):
                 raise _cause(item, watchdog) from item
