@@ -52,8 +52,7 @@ def bucket(s3_server: Any) -> Iterator[str]:
     client.create_bucket(Bucket=name)
     client.close()
     yield f"s3://{name}"
-    s3_server.faults.clear()
-    s3_server.always = None
+    s3_server.heal()
 
 
 @pytest.fixture

@@ -22,11 +22,14 @@ class FaultyServer:
     `slow_down`, `conflict` and `denied` refuse it; `stall` waits before it is answered; `cut` sends
     half of the answer's body. `lose_answer` does what is asked, and answers 503; `hang` does it,
     and answers only when the client has gone.
+
+    Only requests whose method and path, such as `PUT /bucket/file`, contain `target` are befallen.
     """
 
     def __init__(self) -> None:
         self.faults: deque[str] = deque()
         self.always: str | None = None
+        self.target = ""
         self.stall_s = 3.0
         self.num_requests = 0
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -49,7 +52,7 @@ class FaultyServer:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         self.num_requests += 1
-        fault = self.always or (self.faults.popleft() if self.faults else None)
+        fault = self._fault(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
         if fault in REFUSALS:
             return self._refuse(fault, environ, start_response)
         if fault == "stall":
@@ -66,6 +69,19 @@ class FaultyServer:
             body = b"".join(answer)
             return [body[: len(body) // 2]]
         return answer
+
+    def _fault(self, request: str) -> str | None:
+        if self.target not in request:
+            return None
+        try:
+            return self.always or self.faults.popleft()
+        except IndexError:
+            return None
+
+    def heal(self) -> None:
+        """Misbehave no more."""
+        self.faults.clear()
+        self.always, self.target = None, ""
 
     def _refuse(
         self, fault: str, environ: dict[str, Any], start_response: Callable[..., Any]
