@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,17 @@ class Cluster:
     """Ray for one job, joined or started when it is first needed, and left as it was found.
 
     A finished job run again, and one that is refused, never start it.
+
+    Args:
+        on_start: Called once Ray runs; Ray takes signals for itself, which must be taken back.
     """
 
-    def __init__(self, job: JobSection, engine: EngineConfig) -> None:
+    def __init__(
+        self, job: JobSection, engine: EngineConfig, on_start: Callable[[], None] = lambda: None
+    ) -> None:
         self._job = job
         self._engine = engine
+        self._on_start = on_start
         self._is_ours = False
 
     def __enter__(self) -> "Cluster":
@@ -64,6 +70,7 @@ class Cluster:
         if not ray.is_initialized():
             self._is_ours = True
             _start(self._job, self._engine)
+            self._on_start()
 
     def place_replicas(self) -> ReplicaResources:
         """Start Ray, wait for what the replicas need, and return what they may take.

@@ -1,7 +1,9 @@
-"""SIGINT and SIGTERM as something that a run can look at, instead of something that breaks it."""
+"""SIGINT and SIGTERM as an end that a run knows, and that it can put off while shards are on."""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
@@ -20,14 +22,15 @@ class InterruptedRunError(GraniteRayError):
 
 
 class Interrupts:
-    """While entered, notes the first SIGINT or SIGTERM; a second SIGINT breaks in as usual.
+    """While entered, the first SIGINT or SIGTERM ends the run by InterruptedRunError.
 
-    Outside the main thread Python allows no handlers, and signals stay whose they are.
+    Inside `deferred` it is only noted. A second SIGINT breaks in as usual. Outside the main thread Python allows no handlers, and signals stay whose they are.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self._previous: dict[int, Any] = {}
+        self._is_deferred = False
 
     def __enter__(self) -> "Interrupts":
         self.install()
@@ -49,7 +52,19 @@ class Interrupts:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Note a signal in `signal_number` instead of raising; whoever is inside looks at it."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal_number is not None and number == signal.SIGINT:
+        if self.signal_number is None:
+            self.signal_number = number
+            if not self._is_deferred:
+                raise InterruptedRunError(number)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number

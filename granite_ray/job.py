@@ -90,7 +90,7 @@ def run_job(
     with (
         ProgressView(console, sink, report.run_id) as view,
         Interrupts() as interrupts,
-        Cluster(config.job, config.engine) as cluster,
+        Cluster(config.job, config.engine, on_start=interrupts.install) as cluster,
     ):
         view.say("planning")
         with report.timed("plan"):

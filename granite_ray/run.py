@@ -77,9 +77,8 @@ class Run:
     def _stream(self, resumption: Resumption, context: StageContext) -> None:
         self._view.say("starting Ray and the replicas")
         replica = self._cluster.place_replicas()
-        self._interrupts.install()
         events = stream_shards(resumption.work, context, replica)
-        with self.report.timed("generate"), closing(events):
+        with self._interrupts.deferred(), self.report.timed("generate"), closing(events):
             for event in events:
                 if isinstance(event, CommittedShard):
                     self._count(event)
