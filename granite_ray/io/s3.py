@@ -9,6 +9,7 @@ import io
 import os
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, BinaryIO
@@ -154,6 +155,13 @@ class S3Storage:
             return self._put(path, data, **condition)
         except FileNotFoundError as error:
             raise FileExistsError(f"{self.root}/{path} is no longer there") from error
+        except FileExistsError:
+            # It may be this very call that put it, and was repeated when its answer was lost.
+            with suppress(FileNotFoundError):
+                found, version = self.read(path)
+                if found == data:
+                    return version
+            raise
 
     def delete(self, path: str) -> None:
         self._call(path, lambda client: client.delete_object(**self._object(path)))

@@ -46,6 +46,20 @@ def test_a_put_whose_answer_was_lost_meets_its_own_file(
     assert s3_storage.read("a")[0] == b"mine"
 
 
+@pytest.mark.parametrize("fault", ["lose_answer", "hang"])
+def test_a_replacement_whose_answer_was_lost_is_known_as_its_own(
+    s3_server: Any, s3_storage: S3Storage, fault: str
+) -> None:
+    s3_server.faults.append(fault)
+    first = s3_storage.replace("a", b"first", None)
+    assert s3_storage.read("a") == (b"first", first)
+    s3_server.faults.append(fault)
+    second = s3_storage.replace("a", b"second", first)
+    assert s3_storage.read("a") == (b"second", second)
+    with pytest.raises(FileExistsError):
+        s3_storage.replace("a", b"third", first)
+
+
 @pytest.mark.parametrize("call", ["list", "read", "put"])
 def test_denied_access_is_told_at_once(s3_server: Any, s3_storage: S3Storage, call: str) -> None:
     s3_server.always = "denied"
