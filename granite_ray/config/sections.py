@@ -42,7 +42,10 @@ def _wanted_value(operator: str) -> str:
 class SourceConfig(Section):
     """Where the documents come from and how they are cut into shards."""
 
-    path: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(min_length=1)
+    path: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...]),
+    ] = Field(min_length=1)
     """Folder, file or glob, local or `s3://bucket/…`; or a list of them."""
     format: Literal["parquet", "jsonl", "text"] = "parquet"
     """`jsonl` may be compressed (`.gz`, `.zst`); `text` is one document a file."""
@@ -52,7 +55,15 @@ class SourceConfig(Section):
     """Column that names a document; without it the id is `<file>#<row>`."""
     keep_columns: tuple[str, ...] = ()
     """Columns carried over to the results; those of JSONL become strings."""
-    filter: tuple[Annotated[FilterCondition, BeforeValidator(_condition)], ...] = ()
+    filter: tuple[
+        Annotated[
+            FilterCondition,
+            BeforeValidator(
+                _condition, json_schema_input_type=FilterCondition | tuple[str, str, Any]
+            ),
+        ],
+        ...,
+    ] = ()
     """Conditions that a document must all meet, such as `[[language, "==", en]]`."""
     documents_per_shard: int = Field(default=500, gt=0)
     """Documents in a shard, at most: the unit of commit and of work lost by a crash."""

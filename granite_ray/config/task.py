@@ -67,8 +67,13 @@ def _tools_of(value: object, info: ValidationInfo) -> object:
 
 
 TemplateText = Annotated[str, BeforeValidator(_template_text)]
-JsonSchema = Annotated[dict[str, Any], BeforeValidator(_schema_of)]
-Tools = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tools_of)]
+JsonSchema = Annotated[
+    dict[str, Any], BeforeValidator(_schema_of, json_schema_input_type=str | dict[str, Any])
+]
+Tools = Annotated[
+    tuple[dict[str, Any], ...],
+    BeforeValidator(_tools_of, json_schema_input_type=str | tuple[dict[str, Any], ...]),
+]
 
 
 class Example(Section):

@@ -19,6 +19,7 @@ from granite_ray.io.types import can_be_json, is_binary, is_string, plain_type, 
 from granite_ray.records import PREPARED_FIELDS, RAW_FIELDS
 
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+PROMPT_FIELDS = "task.template or task.documents_column"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +75,8 @@ def check_collisions(columns: SourceColumns, output_names: Iterable[str]) -> Non
     for field in columns.keep_fields:
         if field.name in taken:
             raise ConfigError(
-                f"source.keep_columns has {field.name!r}, which is the name of a column of the "
-                f"results. Rename it in the source, or leave it out."
+                f"source.keep_columns has {field.name!r}, a name that the columns "
+                f"of results or documents have here. Rename it in the source, or leave it out."
             )
 
 
@@ -135,25 +136,27 @@ def _check_sampled(
 
 def _check_shape(shape: _Shape, columns: SourceColumns, source: SourceConfig) -> None:
     if source.format == "parquet":
-        text_type = plain_type(_find(shape, columns.text_column, "text_column").type)
+        text_type = plain_type(_find(shape, columns.text_column, "source.text_column").type)
         if not (is_string(text_type) or is_binary(text_type) or pa.types.is_null(text_type)):
-            raise _wrong_type(shape, "text_column", columns.text_column, "a string")
+            raise _wrong_type(shape, "source.text_column", columns.text_column, "a string")
     if columns.id_column is not None and not _is_open_for(shape, columns.id_column):
-        id_type = plain_type(_find(shape, columns.id_column, "id_column").type)
+        id_type = plain_type(_find(shape, columns.id_column, "source.id_column").type)
         if not (is_string(id_type) or pa.types.is_integer(id_type) or pa.types.is_null(id_type)):
-            raise _wrong_type(shape, "id_column", columns.id_column, "a string or an integer")
+            raise _wrong_type(
+                shape, "source.id_column", columns.id_column, "a string or an integer"
+            )
     for name in columns.prompt_columns:
         if not _is_open_for(shape, name) and not can_be_json(
-            _find(shape, name, "columns of the prompt").type
+            _find(shape, name, PROMPT_FIELDS).type
         ):
-            raise _wrong_type(shape, "columns of the prompt", name, "text, a number or a date")
+            raise _wrong_type(shape, PROMPT_FIELDS, name, "text, a number or a date")
     for condition in columns.filter:
         if not _is_open_for(shape, condition.column):
             _check_condition(shape, condition)
 
 
 def _check_condition(shape: _Shape, condition: FilterCondition) -> None:
-    field = _find(shape, condition.column, "filter")
+    field = _find(shape, condition.column, "source.filter")
     try:
         filter_mask(pa.schema([field]).empty_table(), [condition])
     except pa.ArrowException as error:
@@ -170,7 +173,7 @@ def _kept_type(shapes: Sequence[_Shape], name: str) -> pa.DataType:
     for shape in shapes:
         if _is_open_for(shape, name):
             return pa.string()
-        own = plain_type(_find(shape, name, "keep_columns").type)
+        own = plain_type(_find(shape, name, "source.keep_columns").type)
         merged = unified_type(settled, own)
         if merged is None:
             raise ConfigError(
@@ -190,7 +193,7 @@ def _find(shape: _Shape, name: str, field: str) -> "pa.Field[Any]":
     index = shape.schema.get_field_index(name)
     if index < 0:
         raise ConfigError(
-            f"source.{field}: {shape.path} has no column {name!r}. It has: "
+            f"{field}: {shape.path} has no column {name!r}. It has: "
             f"{', '.join(sorted(set(shape.schema.names))) or 'none'}."
         )
     return shape.schema.field(index)
@@ -198,6 +201,6 @@ def _find(shape: _Shape, name: str, field: str) -> "pa.Field[Any]":
 
 def _wrong_type(shape: _Shape, field: str, name: str, wanted: str) -> ConfigError:
     return ConfigError(
-        f"source.{field}: column {name!r} of {shape.path} is {shape.schema.field(name).type}. It "
+        f"{field}: column {name!r} of {shape.path} is {shape.schema.field(name).type}. It "
         f"must be {wanted}."
     )

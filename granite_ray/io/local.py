@@ -93,6 +93,8 @@ def _make_folder(folder: Path) -> None:
         raise StorageDeniedError(
             f"{folder} cannot be a folder: a file of that name is in the way."
         ) from error
+    except FileNotFoundError as error:  # as below /proc
+        raise StorageDeniedError(f"{folder} cannot be made here. Choose another path.") from error
 
 
 def _version(stat: os.stat_result) -> str:

@@ -82,8 +82,9 @@ class UserTemplate:
             _check_statements(tree)
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
+            reason = (error.message or "it cannot be read").rstrip(".")
             raise ConfigError(
-                f"task.template, line {error.lineno}: {error.message}. Correct the template."
+                f"task.template, line {error.lineno}: {reason}. Correct the template."
             ) from error
         self.names = frozenset(meta.find_undeclared_variables(tree))
         self.text = "".join(data.data for data in tree.find_all(nodes.TemplateData))
