@@ -104,9 +104,11 @@ def hold_output(
 def _write_last_words(output: HeldOutput) -> None:
     """Write the report and let go; a storage that is gone must not hide why the run ended."""
     try:
-        if output.is_claimed and not output.lease.is_lost:
-            write_report(output.sink, output.report)
-        output.lease.release()
+        try:
+            if output.is_claimed and not output.lease.is_lost:
+                write_report(output.sink, output.report)
+        finally:
+            output.lease.release()
     except (StorageError, FileExistsError):
         if output.report.exit_code in (0, 3):
             raise
