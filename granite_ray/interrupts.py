@@ -24,7 +24,9 @@ class InterruptedRunError(GraniteRayError):
 class Interrupts:
     """While entered, the first SIGINT or SIGTERM ends the run by InterruptedRunError.
 
-    Inside `deferred` it is only noted. A second SIGINT breaks in as usual. Outside the main thread Python allows no handlers, and signals stay whose they are.
+    Inside `deferred` it is only noted. A second SIGINT breaks in as usual.
+
+    Outside the main thread Python allows no handlers, and signals stay whose they are.
     """
 
     def __init__(self) -> None:
