@@ -40,6 +40,8 @@ class Run:
         self._interrupts = interrupts
         self._counts = Counts()
         self._stop_at: float | None = None
+        self._generate_began = 0.0
+        self._has_begun = False
         self.files: list[SnapshotFile] = []
         self.report = output.report
 
@@ -78,12 +80,17 @@ class Run:
         self._view.say("starting Ray and the replicas")
         replica = self._cluster.place_replicas()
         events = stream_shards(resumption.work, context, replica)
-        with self._interrupts.deferred(), self.report.timed("generate"), closing(events):
-            for event in events:
-                if isinstance(event, CommittedShard):
-                    self._count(event)
-                else:
-                    self._look(event)
+        started = self._generate_began = time.monotonic()
+        try:
+            with self._interrupts.deferred(), closing(events):
+                for event in events:
+                    if isinstance(event, CommittedShard):
+                        self._count(event)
+                    else:
+                        self._look(event)
+        finally:
+            self.report.seconds["start_up"] = round(self._generate_began - started, 3)
+            self.report.seconds["generate"] = round(time.monotonic() - self._generate_began, 3)
         self._raise_if_told_to_stop()
 
     def _rows_unknown(self, plan: InputPlan) -> bool:
@@ -137,6 +144,9 @@ class Run:
             raise LeaseError(f"{self._output.sink.root}: another run has taken this output over.")
         state = tick.state
         live = state.get("counts", {})
+        if not self._has_begun and (state.get("num_running") or live.get("documents")):
+            # Until a replica takes its first shard, Ray and the models were starting.
+            self._generate_began, self._has_begun = time.monotonic(), True
         self.report.worker_deaths = state.get("num_deaths", 0)
         self._counts.answered = self.report.documents.already_committed + live.get("documents", 0)
         self._counts.tokens = live.get("prompt_tokens", 0) + live.get("completion_tokens", 0)

@@ -8,6 +8,8 @@ import asyncio
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -129,6 +131,11 @@ class ReplicaWorker:
     def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
         self.schema = context.schema
         self.journal = journal
+        self.gate = ReplicaGate(context.config.engine.max_num_batched_tokens)
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.replica_id = ray.get_runtime_context().get_actor_id()
+        self.counts = LiveCounts()
+        self._report()  # it has its place; loading may take as long again
         try:
             self._load(context, num_threads)
         except Exception as error:
@@ -136,11 +143,7 @@ class ReplicaWorker:
             known = error if own else InfrastructureError(f"A replica could not start: {error!r}")
             ray.get(journal.cannot_start.remote(known))
             raise
-        self.gate = ReplicaGate(context.config.engine.max_num_batched_tokens)
-        self.node_id = ray.get_runtime_context().get_node_id()
-        self.replica_id = ray.get_runtime_context().get_actor_id()
-        self.counts = LiveCounts()
-        self._reporter: asyncio.Task[None] | None = None
+        threading.Thread(target=self._report_for_ever, name="report", daemon=True).start()
 
     def _load(self, context: StageContext, num_threads: int | None) -> None:
         wait_passively()
@@ -151,8 +154,6 @@ class ReplicaWorker:
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""
-        if self._reporter is None:
-            self._reporter = asyncio.create_task(self._report_for_ever())
         shard_id = ShardWork.from_json(block["work"][0].as_py()).shard.shard_id
         try:
             attempt = await self.journal.begin.remote(shard_id, self.node_id)
@@ -192,10 +193,14 @@ class ReplicaWorker:
         failed = int(result.error is not None)
         self.counts += LiveCounts(1, failed, result.num_prompt_tokens, result.num_completion_tokens)
 
-    async def _report_for_ever(self) -> None:
+    def _report_for_ever(self) -> None:
+        """Show life also while no shard is here: reading the first may take long."""
         while True:
-            await self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts))
-            await asyncio.sleep(REPORT_INTERVAL_S)
+            time.sleep(REPORT_INTERVAL_S)
+            self._report()
+
+    def _report(self) -> None:
+        self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts))
 
 
 def wait_passively() -> None:

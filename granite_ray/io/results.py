@@ -83,4 +83,4 @@ def _read_files(sink: Storage, paths: list[str]) -> pa.Table:
     for path in paths:
         with sink.open(path) as file:
             tables.append(pq.read_table(file).replace_schema_metadata(None))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables) if tables else pa.table({})  # files without rows have no shard

@@ -228,3 +228,11 @@ def test_reports_say_what_was_asked_of_them(tmp_path: Path) -> None:
     progress = json.loads((sink / "_granite" / "progress.json").read_text())
     assert (progress["state"], progress["committed"]) == ("done", 25)
     assert read_results(str(sink)).num_rows == 25
+
+
+def test_input_without_rows_is_done_at_once(tmp_path: Path) -> None:
+    source, sink = tmp_path / "in", tmp_path / "out"
+    write_file(source / "empty.parquet", [])
+    report = run_job(make_config(source, sink))
+    assert (report.exit_code, report.documents.input) == (0, 0)
+    assert read_results(str(sink)).num_rows == 0
