@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from granite_ray.config import JobConfig
-from granite_ray.errors import ConfigError, ConflictError, GraniteRayError, StorageError
+from granite_ray.errors import (
+    ConfigError,
+    ConflictError,
+    GraniteRayError,
+    StorageDeniedError,
+    StorageError,
+)
 from granite_ray.io.commit import (
     JOB_PATH,
     RESULTS_FOLDER,
@@ -84,11 +90,12 @@ def hold_output(
     Raises:
         LeaseError: If another run holds it; nothing is written then.
         ConfigError: If the storage refuses to be written.
+        StorageError: If it fails, which may pass.
     """
     lease = Lease(sink, report.run_id, lease_s)
     try:
         lease.acquire(lambda holder: say(f"waiting to see whether {holder} is still alive"))
-    except StorageError as error:
+    except StorageDeniedError as error:
         raise ConfigError(f"sink.path {sink.root} cannot be written: {error}") from error
     output = HeldOutput(sink, lease, report)
     try:

@@ -11,7 +11,7 @@ import ray
 
 from granite_ray.cluster import Cluster
 from granite_ray.config import SourceConfig
-from granite_ray.errors import ConfigError, CorruptInputError
+from granite_ray.errors import ConfigError, CorruptInputError, StorageDeniedError
 from granite_ray.io.columns import SourceColumns, resolve_columns
 from granite_ray.io.duplicates import find_duplicates, id_hashes
 from granite_ray.io.files import FileInfo
@@ -54,6 +54,15 @@ def plan_input(
         ConfigError: What the input lacks: files, columns, access, distinct ids.
         CorruptInputError: An unreadable file, where `source.on_bad_file` is `fail`.
     """
+    try:
+        return _plan_input(source, prompt_columns, open_storage, cluster)
+    except StorageDeniedError as error:
+        raise ConfigError(f"source.path cannot be read: {error}") from error
+
+
+def _plan_input(
+    source: SourceConfig, prompt_columns: Sequence[str], open_storage: OpenStorage, cluster: Cluster
+) -> InputPlan:
     listing = list_input(source, open_storage)
     files, bad_files = _describe_files(listing, source, open_storage, cluster)
     if not files:

@@ -182,12 +182,14 @@ def _translated_errors(path: Path) -> Iterator[None]:
             f"{path}: {error.strerror}. Give this user the right to it, or choose another path."
         ) from error
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise StorageDeniedError(
+                f"{path}: {error.strerror}. Choose a path that can be written."
+            ) from error
         raise StorageError(f"{path}: {_reason(error)}") from error
 
 
 def _reason(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.strerror}. Free some space and run the same command again; it resumes."
-    if error.errno == errno.EROFS:
-        return f"{error.strerror}. Choose a path that can be written."
     return f"{error.strerror or error}."
