@@ -65,8 +65,8 @@ class Lease:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        holder, version = _read_lease(self.storage)
-        if holder is not None and holder["run_id"] == self.run_id and version == self._version:
+        holder, _ = _read_lease(self.storage)
+        if holder is not None and holder["run_id"] == self.run_id:
             self.storage.delete(LEASE_PATH)
 
     def _wait_until_expired(self, version: str | None) -> str | None:
@@ -85,25 +85,25 @@ class Lease:
         return version
 
     def _renew(self) -> None:
-        """Renew until told to stop; a heartbeat that finds another version has lost the lease."""
+        """Renew until told to stop, or until the lease is found in other hands."""
         while not self._stop.wait(self.lease_s / BEATS_PER_LEASE):
-            self._beat += 1
             try:
-                self._version = self.storage.replace(LEASE_PATH, self._body(), self._version)
-            except FileExistsError:
-                if not self._is_own_lost_answer():
-                    self._lost = LeaseError("another run has taken this output over")
-                    return
+                self._renew_once()
+            except LeaseError as error:
+                self._lost = error
+                return
             except StorageError:
                 continue  # the next beat tries again; commits check the lease themselves
 
-    def _is_own_lost_answer(self) -> bool:
-        """Whether the version in the storage is our own beat, whose answer never reached us."""
-        holder, version = _read_lease(self.storage)
-        if holder is None or (holder["run_id"], holder["beat"]) != (self.run_id, self._beat):
-            return False
-        self._version = version
-        return True
+    def _renew_once(self) -> None:
+        self._beat += 1
+        try:
+            self._version = self.storage.replace(LEASE_PATH, self._body(), self._version)
+        except FileExistsError as error:
+            holder, version = _read_lease(self.storage)
+            if holder is None or holder["run_id"] != self.run_id:
+                raise LeaseError("another run has taken this output over") from error
+            self._version = version  # an earlier beat of our own, whose answer was lost
 
     def _body(self) -> bytes:
         values = {
