@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
@@ -220,7 +221,8 @@ def probe_put_if_absent(storage: Storage, run_id: str) -> None:
     """
     path = f"{PROBE_PATH}-{run_id}"
     try:
-        storage.put_if_absent(path, b"first")
+        with suppress(FileExistsError):  # its answer was lost: nobody else writes this path
+            storage.put_if_absent(path, b"first")
         try:
             storage.put_if_absent(path, b"second")
         except FileExistsError:
