@@ -7,6 +7,7 @@ driver looks at the journal while the stream runs and gives up with a message th
 import json
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -33,8 +34,9 @@ STOP_S = 10.0
 TICK_S = 0.5
 RAY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts .*", re.DOTALL)
 """What Ray Data adds to the words of every error: how to make it try again."""
+ANSWER_S = 5.0
 CLUSTER_SILENCE_S = 30.0
-"""How long the journal may not answer. Ray itself ends the process after 60 s without its head."""
+"""How long the cluster may not answer. Ray itself ends the process after 60 s without its head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class Watchdog:
     def __init__(self, journal: Any, scheduling_timeout_s: float) -> None:
         self._journal = journal
         self._timeout_s = scheduling_timeout_s
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._control_store = host.strip("[]"), int(port)
         self._state: dict[str, Any] = {}
         self._last_look = self._last_answer = self._last_sign = time.monotonic()
         self._num_signs = -1
@@ -163,16 +167,14 @@ class Watchdog:
             InfrastructureError: If it does not answer, or no replica has shown a sign of life.
         """
         self._last_look = time.monotonic()
-        try:
-            self._state = ray.get(self._journal.state.remote(), timeout=5.0)
-            self._last_answer = time.monotonic()
-        except ray.exceptions.RayError as error:
+        if not self._is_answered():
             if time.monotonic() - self._last_answer > CLUSTER_SILENCE_S:
                 raise InfrastructureError(
                     f"The Ray cluster has not answered for {CLUSTER_SILENCE_S:g} s: its head or "
                     "control store is gone. What is committed stays; run again to resume."
-                ) from error
+                )
             return self._state
+        self._last_answer = time.monotonic()
         if isinstance(self._state["start_error"], ConfigError):
             raise self._state["start_error"]
         if self._state["num_signs"] != self._num_signs:
@@ -184,6 +186,15 @@ class Watchdog:
                 "logs; run again to resume."
             )
         return self._state
+
+    def _is_answered(self) -> bool:
+        """Ask the journal, and knock at the control store, without which actors still talk."""
+        try:
+            self._state = ray.get(self._journal.state.remote(), timeout=ANSWER_S)
+            socket.create_connection(self._control_store, timeout=ANSWER_S).close()
+        except (ray.exceptions.RayError, OSError):
+            return False
+        return True
 
 
 def _resources() -> str:
