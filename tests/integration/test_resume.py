@@ -16,7 +16,11 @@ from tests.corpus import job_values, make_text, write_corpus, write_file
 from tests.faults import TracedEngines, driver, result_files, wait_until
 from tests.invariants import check_output, report_of, rows_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("joined_ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("joined_ray"),
+    pytest.mark.timeout(300),  # on a busy machine each of several runs takes a minute
+]
 
 NUM_DOCUMENTS = 100
 SHARD = 10
@@ -44,16 +48,16 @@ def undisturbed(joined_ray: None, corpus: Path, tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     "crash",
     [
-        "before replace lease.json",
         "after replace lease.json",
         "after put_if_absent probe",
-        "before replace job.json",
         "after replace job.json",
-        "before replace progress.json",
         "before replace _SUCCESS.json",
         "after replace _SUCCESS.json",
-        "before replace report.json",
-        "before delete lease.json",
+        pytest.param("before replace lease.json", marks=pytest.mark.slow),
+        pytest.param("before replace job.json", marks=pytest.mark.slow),
+        pytest.param("before replace progress.json", marks=pytest.mark.slow),
+        pytest.param("before replace report.json", marks=pytest.mark.slow),
+        pytest.param("before delete lease.json", marks=pytest.mark.slow),
     ],
 )
 def test_a_driver_killed_between_two_storage_calls_is_resumed(
@@ -78,7 +82,14 @@ def test_a_driver_killed_between_two_storage_calls_is_resumed(
     }
 
 
-@pytest.mark.parametrize(("when", "nth"), [("before", 1), ("after", 1), ("after", 2)])
+@pytest.mark.parametrize(
+    ("when", "nth"),
+    [
+        ("after", 1),
+        pytest.param("before", 1, marks=pytest.mark.slow),
+        pytest.param("after", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_driver_killed_while_it_deletes_what_is_superseded_is_resumed(
     ray_address: str, tmp_path: Path, when: str, nth: int
 ) -> None:
@@ -138,6 +149,7 @@ def test_a_driver_killed_at_a_random_moment_is_resumed(
     assert len(twice) <= 2 * SHARDS_IN_FLIGHT * SHARD, "more than what was in flight"
 
 
+@pytest.mark.slow
 def test_a_driver_killed_again_and_again_ends_with_the_same_rows(
     corpus: Path, undisturbed: Rows, ray_address: str, tmp_path: Path
 ) -> None:
@@ -158,7 +170,9 @@ def test_a_driver_killed_again_and_again_ends_with_the_same_rows(
 # signals ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_the_shards_in_flight_finish_and_releases_the_lease(
     corpus: Path, undisturbed: Rows, ray_address: str, tmp_path: Path, number: signal.Signals
 ) -> None:
