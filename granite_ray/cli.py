@@ -84,24 +84,18 @@ def _close(report: RunReport, console: Console) -> int:
     return report.exit_code
 
 
-def _status(arguments: argparse.Namespace, console: Console) -> int:
+def _status(arguments: argparse.Namespace, _: Console) -> int:
     sink = open_storage(arguments.output)
     progress, report = read_progress(sink), read_report(sink)
+    if progress is None and report is None:
+        raise ConfigError(f"{arguments.output} holds no job. Give the sink.path of one.")
     if arguments.json:
         print(json.dumps({"progress": progress, "report": report}, indent=2))
         return 0
-    if progress is None and report is None:
-        raise ConfigError(f"{arguments.output} holds no job. Give the sink.path of one.")
     if progress is not None:
-        console.print(_progress_words(progress), highlight=False, markup=False, soft_wrap=True)
+        print(_progress_words(progress))
     if report is not None:
-        console.print(
-            f"last run {report['run_id']} ended with exit code {report['exit_code']}"
-            + (f": {report['error']}" if report["error"] else ""),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        print(_report_words(report))
     return 0
 
 
@@ -112,6 +106,15 @@ def _progress_words(progress: dict[str, Any]) -> str:
         f"{progress['planned']:,} documents committed, {progress['failed']:,} failed, "
         f"{progress['documents_per_s']:,.1f} documents/s"
         + (f", {duration(left)} left" if left is not None else "")
+    )
+
+
+def _report_words(report: dict[str, Any]) -> str:
+    failures = sorted(report["failures"].items(), key=lambda failure: -failure[1])
+    return (
+        f"last run {report['run_id']} ended with exit code {report['exit_code']}"
+        + (f": {report['error']}" if report["error"] else "")
+        + "".join(f"\n  failed     {count:,} {error_type}" for error_type, count in failures)
     )
 
 
