@@ -37,6 +37,11 @@ class Counts:
     tokens: int = 0
     replicas: int = 0
 
+    @property
+    def done(self) -> int:
+        """Documents that have an answer; after a worker's death some are answered twice."""
+        return min(max(self.committed, self.answered), self.planned)
+
 
 class ProgressView:
     """Shows counts to a person and writes them beside the results.
@@ -66,7 +71,7 @@ class ProgressView:
 
     def begin(self, counts: Counts) -> None:
         """Take what is committed now as what was there before."""
-        self._base = max(counts.committed, counts.answered)
+        self._base = counts.done
         self.update(counts)
 
     def update(self, counts: Counts) -> None:
@@ -76,7 +81,7 @@ class ProgressView:
             self.say("answering")
         if not self._is_answering:
             self._started = time.monotonic()  # a rate over the start of Ray would say nothing
-        done = max(counts.committed, counts.answered)
+        done = counts.done
         rate = (done - self._base) / max(1e-9, time.monotonic() - self._started)
         left_s = (counts.planned - done) / rate if rate > 0 else None
         about = _about(counts, rate, left_s)
