@@ -251,19 +251,20 @@ def _read_columns(columns: str | None) -> dict[str, Any]:
 
 
 def _chunks_of(column: "pa.LargeListArray[Any]") -> Iterator[tuple[Chunk, ...]]:
-    """Yield the chunks of each row, read from the flat buffers of the column."""
+    """Yield the chunks of each row as views of the column: lists would be ten times as large."""
     row_ends = column.offsets.to_pylist()
     starts, ends, token_lists = (
         column.values.field(name) for name in ("start", "end", "token_ids")
     )
-    token_ends, token_ids = token_lists.offsets.to_pylist(), token_lists.values.to_numpy()
+    token_ends = token_lists.offsets.to_pylist()
+    token_ids = memoryview(token_lists.values.to_numpy())
     for first, stop in pairwise(row_ends):
         yield tuple(
             Chunk(
                 index=i - first,
                 start=starts[i].as_py(),
                 end=ends[i].as_py(),
-                token_ids=token_ids[token_ends[i] : token_ends[i + 1]].tolist(),
+                token_ids=token_ids[token_ends[i] : token_ends[i + 1]],
             )
             for i in range(first, stop)
         )
