@@ -11,6 +11,7 @@ from granite_ray.errors import (
     ConfigError,
     ConflictError,
     GraniteRayError,
+    LeaseError,
     StorageDeniedError,
     StorageError,
 )
@@ -112,10 +113,13 @@ def _write_last_words(output: HeldOutput) -> None:
     """Write the report and let go; a storage that is gone must not hide why the run ended."""
     try:
         try:
-            if output.is_claimed and not output.lease.is_lost:
+            if output.is_claimed:
+                output.lease.check()
                 write_report(output.sink, output.report)
         finally:
             output.lease.release()
+    except LeaseError:
+        pass  # what stands there now is a successor's
     except (StorageError, FileExistsError):
         if output.report.exit_code in (0, 3):
             raise
