@@ -34,6 +34,10 @@ class BreakingEngines:
         engine: EngineConfig,
         num_threads: int | None = None,
     ) -> Engine:
+        # Where OpenMP reads it: set, and torch, which brings OpenMP, not loaded yet.
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert "torch" not in sys.modules
+        assert "libgomp" not in Path("/proc/self/maps").read_text()
         started = self.pids()
         with (self.folder / "pids").open("a") as file:
             file.write(f"{os.getpid()}\n")
