@@ -5,6 +5,7 @@ Says what a replica needs, checks that the cluster has it, and nothing about sha
 
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from granite_ray.errors import InfrastructureError
 SPARE_CPUS = 2
 """CPUs beside the replicas' own, for reading and committing; without one the job would starve."""
 STOP_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 10.0
 POLL_S = 1.0
 
 
@@ -103,6 +105,7 @@ def _start(job: JobSection, engine: EngineConfig) -> None:
         }
     else:
         options["address"] = address
+        _check_reachable(address)
     # Ray's C++ side writes to the terminal what only its developers can use.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -111,6 +114,20 @@ def _start(job: JobSection, engine: EngineConfig) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InfrastructureError(
             f"Ray at job.ray_address {address or 'local'} cannot be reached or started: {error}"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raise InfrastructureError where nothing listens: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "://" in address:
+        return  # `auto`, or a client's address, which Ray answers for soon enough
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise InfrastructureError(
+            f"Ray at job.ray_address {address} cannot be reached: {error}. Start the cluster, or "
+            "correct the address."
         ) from error
 
 
