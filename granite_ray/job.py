@@ -101,12 +101,15 @@ def run_job(
             hold_output(sink, report, config.job.lease_s, view.say) as output,
             _counted_retries(storages, report),
         ):
-            output.claim(config, fingerprint, restart=options.restart)
+            output.look(config, fingerprint, restart=options.restart)
             context = replace(context, generation=output.generation)
             to_do = limit_plan(plan, options.limit, config.source)
             resumption = resume_plan(to_do, output, redrive=options.redrive)
             if not options.allow_vanished:
-                check_source(plan, output.snapshot, resumption, config.sink.max_vanished_fraction)
+                # What lies beyond a limit has not vanished, and is not deleted either.
+                share = config.sink.max_vanished_fraction if options.limit is None else 1.0
+                check_source(plan, output.snapshot, resumption, share)
+            output.claim(config)
             run = Run(config.job, output, view, cluster, interrupts)
             run.commit_shards(to_do, resumption, context)
             run.judge(to_do, allow_failed=options.allow_failed)

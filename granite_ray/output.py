@@ -42,26 +42,35 @@ class HeldOutput:
     generation: Generation = field(default_factory=lambda: Generation(""))
     snapshot: Snapshot | None = None
     is_claimed: bool = False
+    _stored: dict[str, Any] | None = None
 
-    def claim(self, config: JobConfig, fingerprint: str, *, restart: bool = False) -> None:
-        """Make the output this job's: a new one, or one of the same fingerprint.
+    def look(self, config: JobConfig, fingerprint: str, *, restart: bool = False) -> None:
+        """Find out what is there, and which generation of answers this run would write.
 
         Raises:
-            ConflictError: If it holds answers to another question; nothing is written then.
+            ConflictError: If it holds answers to another question.
+        """
+        self._stored = read_job(self.sink)
+        self.generation = _generation(
+            self._stored, config, fingerprint, self.sink.root, restart=restart
+        )
+        self.snapshot = read_snapshot(self.sink)
+        self.report.fingerprint = fingerprint
+
+    def claim(self, config: JobConfig) -> None:
+        """Make the output this job's. A run that is refused must not come here: it writes nothing.
+
+        Raises:
             ConfigError: If the storage cannot commit exactly once, or may not be written.
         """
-        stored = read_job(self.sink)
-        self.generation = _generation(stored, config, fingerprint, self.sink.root, restart=restart)
-        self.snapshot = read_snapshot(self.sink)
         probe_put_if_absent(self.sink, self.lease.run_id)
         values = {
-            "fingerprint": fingerprint,
+            "fingerprint": self.generation.fingerprint,
             "generation": self.generation.number,
             "config": config.dump(),
         }
-        if values != stored:
+        if values != self._stored:
             replace_always(self.sink, JOB_PATH, json.dumps(values, indent=2).encode())
-        self.report.fingerprint = fingerprint
         self.is_claimed = True
 
     def complete(self, files: Iterable[SnapshotFile], source_root: str) -> None:

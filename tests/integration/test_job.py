@@ -99,6 +99,8 @@ def test_another_source_root_is_refused_unless_allowed(tmp_path: Path) -> None:
     with pytest.raises(GraniteRayError, match="root") as refusal:
         run_job(other)
     assert refusal.value.exit_code == 5
+    job = json.loads((sink / "_granite" / "job.json").read_text())
+    assert job["config"]["source"]["path"] == [str(tmp_path / "in")], "a redrive would read it"
     run_job(other, RunOptions(allow_vanished=True))
     check_output(sink, 25)
 
@@ -131,6 +133,16 @@ def test_limit_does_the_first_documents_and_leaves_no_snapshot(tmp_path: Path) -
     whole = run_job(config)
     assert whole.documents.generated == 33
     check_output(sink, 50)
+
+
+def test_limit_on_a_finished_output_changes_nothing(tmp_path: Path) -> None:
+    source, sink = write_corpus(tmp_path / "in"), tmp_path / "out"
+    config = make_config(source, sink)
+    run_job(config)
+    before = rows_of(sink)
+    report = run_job(config, RunOptions(limit=20))
+    assert (report.exit_code, report.documents.input, report.model_calls) == (0, 20, 0)
+    assert rows_of(sink) == before
 
 
 def test_redrive_runs_the_failed_rows_again_and_copies_the_others(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ class World:
 
     def _run(self, night: Night, sink: Any, report: RunReport) -> None:
         with hold_output(sink, report, 3600, lambda _: None) as output:
-            output.claim(CONFIG, "ab" * 32, restart=night.wish == "restart")
+            output.look(CONFIG, "ab" * 32, restart=night.wish == "restart")
+            output.claim(CONFIG)
             plan = plan_of(self.corpus)
             resumption = resume_plan(plan, output, redrive=night.wish == "redrive")
             files = list(resumption.committed.values())

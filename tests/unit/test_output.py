@@ -35,7 +35,8 @@ def hold(storage: Any, run_id: str = "run") -> Iterator[HeldOutput]:
 
 def claim(storage: Any, fingerprint: str, config: JobConfig = CONFIG, **options: Any) -> None:
     with hold(storage) as output:
-        output.claim(config, fingerprint, **options)
+        output.look(config, fingerprint, **options)
+        output.claim(config)
 
 
 def test_a_new_output_is_claimed_with_the_resolved_config(storage: MemoryStorage) -> None:
@@ -67,7 +68,8 @@ def test_each_restart_is_a_generation_of_its_own(storage: MemoryStorage) -> None
     tags = []
     for fingerprint, restart in ((ONE, False), (ONE, True), (OTHER, True), (OTHER, False)):
         with hold(storage) as output:
-            output.claim(CONFIG, fingerprint, restart=restart)
+            output.look(CONFIG, fingerprint, restart=restart)
+            output.claim(CONFIG)
             tags.append((output.generation.number, output.generation.tag))
     assert tags == [(0, "abababab"), (1, "abababac"), (2, "cdcdcdcf"), (2, "cdcdcdcf")]
 
@@ -94,7 +96,8 @@ def test_however_a_run_ends_its_report_says_so_and_the_lease_is_gone(
 ) -> None:
     def run() -> None:
         with hold(storage) as output:
-            output.claim(CONFIG, ONE)
+            output.look(CONFIG, ONE)
+            output.claim(CONFIG)
             raise error
 
     with pytest.raises(type(error)):
@@ -107,7 +110,8 @@ def test_however_a_run_ends_its_report_says_so_and_the_lease_is_gone(
 def test_a_run_that_lost_its_lease_touches_neither_report_nor_lease(storage: MemoryStorage) -> None:
     def run() -> None:
         with hold(storage) as output:
-            output.claim(CONFIG, ONE)
+            output.look(CONFIG, ONE)
+            output.claim(CONFIG)
             storage.files[LEASE_PATH] = (json.dumps({"run_id": "successor"}).encode(), "x")
             output.lease.check()
 
@@ -138,7 +142,8 @@ def test_the_same_results_again_do_not_replace_the_snapshot(storage: MemoryStora
     versions = []
     for given in (files, list(reversed(files)), files[:1]):
         with hold(storage) as output:
-            output.claim(CONFIG, ONE)
+            output.look(CONFIG, ONE)
+            output.claim(CONFIG)
             output.complete(given, "in")
         versions.append(storage.files[SNAPSHOT_PATH][1])
     assert versions[0] == versions[1] != versions[2]
