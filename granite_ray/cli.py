@@ -100,13 +100,16 @@ def _status(arguments: argparse.Namespace, _: Console) -> int:
 
 
 def _progress_words(progress: dict[str, Any]) -> str:
-    left = progress["seconds_left"]
-    return (
-        f"run {progress['run_id']}: {progress['state']}, {progress['committed']:,} of "
-        f"{progress['planned']:,} documents committed, {progress['failed']:,} failed, "
-        f"{progress['documents_per_s']:,.1f} documents/s"
-        + (f", {duration(left)} left" if left is not None else "")
-    )
+    words = [
+        f"run {progress['run_id']}: {progress['state']}",
+        f"{progress['committed']:,} of {progress['planned']:,} documents committed",
+        f"{progress['failed']:,} failed",
+    ]
+    if progress["state"] == "running":
+        words.append(f"{progress['documents_per_s']:,.1f} documents/s")
+    if progress["seconds_left"] is not None:
+        words.append(f"{duration(progress['seconds_left'])} left")
+    return ", ".join(words)
 
 
 def _report_words(report: dict[str, Any]) -> str:
@@ -124,9 +127,14 @@ def _schema(_: argparse.Namespace, __: Console) -> int:
 
 
 def _kind(error: GraniteRayError) -> str:
-    return {2: "Refused:", 5: "Refused:", 6: "Busy:", 75: "Try again:"}.get(
-        error.exit_code, "Stopped:"
-    )
+    return {
+        2: "Refused:",
+        5: "Refused:",
+        6: "Busy:",
+        75: "Try again:",
+        130: "Interrupted:",
+        143: "Interrupted:",
+    }.get(error.exit_code, "Stopped:")
 
 
 def _parser() -> argparse.ArgumentParser:

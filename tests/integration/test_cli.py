@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_terminal_stops_the_run_and_says_how_to_go_on(
         assert "stopping: waiting for the shards in flight" in terminal.written
         assert "Traceback" not in terminal.written
     words = " ".join(lines)
-    assert "Stopped: Stopped by SIGINT. What is committed stays; run again to resume." in words
+    assert "Interrupted: Stopped by SIGINT. What is committed stays; run again to resume." in words
     assert report_of(tmp_path / "out")["exit_code"] == 130
     assert not (tmp_path / "out" / "_granite" / "lease.json").exists()
 
@@ -235,7 +235,7 @@ def test_status_tells_how_far_a_job_is(
     assert main(["status", sink]) == 0
     told = capsys.readouterr().out.splitlines()
     run_id = report_of(tmp_path / "out")["run_id"]
-    assert told[0].startswith(f"run {run_id}: done, 42 of 42 documents committed, 2 failed")
+    assert told[0] == f"run {run_id}: done, 42 of 42 documents committed, 2 failed"
     assert told[1] == f"last run {run_id} ended with exit code 3"
     assert sorted(told[2:]) == ["  failed     1 empty_text", "  failed     1 null_text"]
     assert main(["status", sink, "--json"]) == 0

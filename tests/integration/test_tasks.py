@@ -341,7 +341,7 @@ print(json.dumps(answers))
         ("granite", False),
         pytest.param("granite", True, marks=pytest.mark.slow),
         pytest.param("granitemoe", False, marks=pytest.mark.slow),
-        ("granitemoe", True),
+        pytest.param("granitemoe", True, marks=pytest.mark.slow),
         pytest.param("granitemoehybrid", False, marks=pytest.mark.slow),
         ("granitemoehybrid", True),
     ],
