@@ -18,6 +18,8 @@ MAX_LONE_DEATHS = 2
 """A document that kills its worker this often while it runs alone has failed."""
 MAX_SHARD_DEATHS = 60
 """A shard that killed its worker this often stops the job: 2 deaths, then 29 deadly documents."""
+MAX_DEATHS_IN_A_ROW = 20
+"""Deaths between which no document was answered: then it is not the documents that are broken."""
 
 
 @dataclass(slots=True)
@@ -59,13 +61,14 @@ class Journal:
         self._counts: dict[tuple[str, int], LiveCounts] = {}
         self._start_error: GraniteRayError | None = None
         self._num_signs = 0
+        self._deaths_in_a_row = 0
         self._is_draining = False
 
     def begin(self, shard_id: str, node_id: str) -> Attempt:
         """Note that a shard begins, and tell how. A shard that had begun has lost its worker.
 
         Raises:
-            InfrastructureError: If the shard has killed too many workers.
+            InfrastructureError: If workers die one after the other, or too many of this shard.
         """
         if self._is_draining:
             self._running.discard(shard_id)
@@ -82,9 +85,15 @@ class Journal:
 
     def _charge(self, shard_id: str, journal: _ShardJournal) -> None:
         journal.num_deaths += 1
+        self._deaths_in_a_row += 1
         if journal.document is not None:
             at = journal.document
             journal.lone_deaths[at] = journal.lone_deaths.get(at, 0) + 1
+        if self._deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
+            raise InfrastructureError(
+                f"Workers died {self._deaths_in_a_row} times in a row, with no document answered "
+                "between. Look at the workers' logs; the job can be resumed."
+            )
         if journal.num_deaths > MAX_SHARD_DEATHS:
             raise InfrastructureError(
                 f"Shard {shard_id} killed its worker {journal.num_deaths} times. Look at the "
@@ -111,7 +120,10 @@ class Journal:
     def report(self, replica_id: str, process_id: int, counts: Mapping[str, int]) -> None:
         """Take over the counts of a replica's process; that it reports is a sign of life."""
         self._num_signs += 1
+        before = self._counts.get((replica_id, process_id), LiveCounts())
         self._counts[replica_id, process_id] = LiveCounts(**counts)
+        if counts["prompt_tokens"] > before.prompt_tokens:
+            self._deaths_in_a_row = 0
 
     def cannot_start(self, error: GraniteRayError) -> None:
         """Note why a replica could not start: of a dead actor's error Ray keeps the text alone."""

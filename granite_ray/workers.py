@@ -175,7 +175,7 @@ class ReplicaWorker:
         watch = ShardWatch(
             partial(self.journal.enter.remote, shard_id),
             partial(self.journal.begin_document.remote, shard_id),
-            self._count,
+            partial(self._count, at_once=attempt.mode == "one_by_one"),
         )
         try:
             results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
@@ -189,9 +189,12 @@ class ReplicaWorker:
             .append_column("model_calls", pa.array([llm.num_calls]))
         )
 
-    def _count(self, result: Result) -> None:
+    def _count(self, result: Result, *, at_once: bool) -> None:
+        """Count a result; `at_once` tells the journal before the next document may end it all."""
         failed = int(result.error is not None)
         self.counts += LiveCounts(1, failed, result.num_prompt_tokens, result.num_completion_tokens)
+        if at_once:
+            self._report()
 
     def _report_for_ever(self) -> None:
         """Show life also while no shard is here: reading the first may take long."""

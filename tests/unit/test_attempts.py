@@ -1,8 +1,10 @@
 """How a shard is tried again, and who is charged when a worker dies. No Ray: the plain object."""
 
+from dataclasses import asdict
+
 import pytest
 
-from granite_ray.attempts import MAX_SHARD_DEATHS, Journal
+from granite_ray.attempts import MAX_DEATHS_IN_A_ROW, MAX_SHARD_DEATHS, Journal, LiveCounts
 from granite_ray.errors import ConfigError, InfrastructureError
 
 NODE = "node"
@@ -18,6 +20,12 @@ def die(journal: Journal, shard_id: str, document: int | None = None) -> None:
     journal.enter(shard_id)
     if document is not None:
         journal.begin_document(shard_id, document)
+
+
+def answer_documents(journal: Journal, number: int) -> None:
+    """A replica has answered so many documents by now."""
+    counts = {"documents": number, "failed": 0, "prompt_tokens": number, "completion_tokens": 0}
+    journal.report("replica", 1, counts)
 
 
 def test_a_shard_is_tried_together_then_alone_then_one_document_at_a_time() -> None:
@@ -88,12 +96,23 @@ def test_a_death_after_the_commit_is_nobodys_fault() -> None:
 
 def test_a_shard_that_kills_without_end_stops_the_job_with_its_name() -> None:
     journal = start()
-    for _ in range(MAX_SHARD_DEATHS + 1):
+    for done in range(MAX_SHARD_DEATHS + 1):
         die(journal, "s")
+        answer_documents(journal, done + 1)
     with pytest.raises(
         InfrastructureError, match=f"Shard s killed its worker {MAX_SHARD_DEATHS + 1} times"
     ):
         journal.begin("s", NODE)
+
+
+def test_deaths_with_no_answer_between_them_are_not_blamed_on_documents_for_ever() -> None:
+    journal = start()
+    for index in range(MAX_DEATHS_IN_A_ROW + 1):
+        die(journal, f"s{index // 3}")
+        journal.report("replica", index, dict.fromkeys(asdict(LiveCounts()), 0))
+    with pytest.raises(InfrastructureError, match="times in a row"):
+        for index in range(MAX_DEATHS_IN_A_ROW):
+            die(journal, f"s{index // 3}")
 
 
 def test_every_document_of_a_small_shard_may_be_deadly_before_the_job_stops() -> None:
@@ -103,6 +122,7 @@ def test_every_document_of_a_small_shard_may_be_deadly_before_the_job_stops() ->
     for document in range(29):
         die(journal, "s", document)
         die(journal, "s", document)
+        answer_documents(journal, document + 1)
     assert journal.begin("s", NODE).deadly == frozenset(range(29))
 
 
