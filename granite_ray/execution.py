@@ -21,7 +21,8 @@ from granite_ray.cluster import ReplicaResources
 from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
 from granite_ray.records import ShardPart
-from granite_ray.workers import ReplicaWorker, ShardWork, StageContext, commit, read_and_prepare
+from granite_ray.stages import ShardWork, StageContext, commit, read_and_prepare
+from granite_ray.workers import ReplicaWorker
 
 MAX_WAVE = 20_000
 """Shards handed to Ray at once: a block costs about 0.6 ms to submit."""

@@ -28,9 +28,9 @@ from granite_ray.records import output_schema
 from granite_ray.report import RunReport
 from granite_ray.resume import check_source, resume_plan
 from granite_ray.run import TOO_MANY_FAILED, Run
+from granite_ray.stages import MakeEngine, StageContext, task_limits
 from granite_ray.tasks import Task, make_task
 from granite_ray.tokenizer import load_tokenizer
-from granite_ray.workers import MakeEngine, StageContext, task_limits
 
 QUICKSTART_CORPUS = Path(__file__).parent / "quickstart" / "corpus"
 """What `source.path: quickstart` names."""

@@ -21,7 +21,7 @@ from granite_ray.io.storage import Storage
 from granite_ray.output import HeldOutput
 from granite_ray.planning import InputPlan
 from granite_ray.records import Shard
-from granite_ray.workers import ShardWork
+from granite_ray.stages import ShardWork
 
 MAX_REUSED_FILES = 32
 """Result files looked at for one part of a shard. Rows that moved further are answered again."""

@@ -14,7 +14,7 @@ from granite_ray.output import HeldOutput
 from granite_ray.planning import InputPlan
 from granite_ray.progress import Counts, ProgressView
 from granite_ray.resume import Resumption
-from granite_ray.workers import StageContext
+from granite_ray.stages import StageContext
 
 MIN_DOCUMENTS_TO_JUDGE = 100
 """Documents seen before `job.max_failed_fraction` can stop a run early."""

@@ -1,128 +1,36 @@
-"""What runs on the cluster: thin shells of Ray around read, prepare, generate and commit.
+"""The Ray actor that holds one replica of the model and answers shards with it.
 
-A shard travels as ONE row of one Ray block, its tables inside as Arrow IPC: Ray can neither split
-it, nor merge it with another, nor drop it because it is empty, nor guess its types.
+A thin shell: what runs beside what is decided in `programs`, who is to blame for a death in
+`attempts`.
 """
 
 import asyncio
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from functools import partial
 from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
 
 from granite_ray.attempts import LiveCounts
-from granite_ray.checkpoint import Checkpoint, open_checkpoint
-from granite_ray.config import EngineConfig, JobConfig, ModelConfig
-from granite_ray.engine.factory import Engine
-from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
-from granite_ray.io.commit import Generation, commit_shard, file_path
-from granite_ray.io.lease import check_lease
-from granite_ray.io.reuse import POSITION, join_rows, split_reusable
-from granite_ray.io.sinks import CommitRecord, count_rows, result_table
-from granite_ray.io.sources import SourceColumns, read_shard
-from granite_ray.io.storage import OpenedStorages, Storage
-from granite_ray.prepare import documents_of, prepare_shard
+from granite_ray.errors import GraniteRayError, InfrastructureError
+from granite_ray.io.reuse import POSITION
+from granite_ray.io.sinks import result_table
+from granite_ray.prepare import documents_of
 from granite_ray.programs import Attempt, CountingLLM, ReplicaGate, ShardWatch, run_programs
-from granite_ray.records import Result, Shard, ShardPart
-from granite_ray.tasks import TaskLimits, make_task
-from granite_ray.tokenizer import Tokenizer, load_tokenizer
+from granite_ray.records import Result
+from granite_ray.stages import ShardWork, StageContext, local_checkpoint, pack, task_limits, unpack
+from granite_ray.tasks import make_task
+from granite_ray.tokenizer import load_tokenizer
 
 REPORT_INTERVAL_S = 1.0
 
 logger = logging.getLogger(__name__)
-
-MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
-"""Builds the engine of one replica, in the replica's own process; see `factory.make_engine`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardWork:
-    """A shard to be done: the revision it becomes, and files whose rows may be taken over."""
-
-    shard: Shard
-    revision: int = 0
-    reuse: tuple[str, ...] = ()
-
-    def to_json(self) -> str:
-        """Write it as JSON, for a Ray block."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "ShardWork":
-        """Read what `to_json` wrote."""
-        values = json.loads(text)
-        parts = tuple(ShardPart(**part) for part in values["shard"]["parts"])
-        shard = Shard(values["shard"]["shard_id"], parts)
-        return cls(shard, values["revision"], tuple(values["reuse"]))
-
-
-@dataclass(frozen=True, slots=True)
-class StageContext:
-    """All that the stages need beside the shard itself; it is pickled to every worker."""
-
-    config: JobConfig
-    checkpoint: Checkpoint
-    columns: SourceColumns
-    source_root: str
-    schema: pa.Schema
-    max_chunk_tokens: int
-    generation: Generation
-    run_id: str
-    open_storage: Callable[[str], Storage]
-    make_engine: MakeEngine
-
-
-# read, prepare ───────────────────────────────────────────────────────────────────────────────────
-
-
-def read_and_prepare(block: pa.Table, context: StageContext) -> pa.Table:
-    """Read one shard and cut its documents; split off rows whose answers are there already."""
-    work = ShardWork.from_json(block["work"][0].as_py())
-    storages = OpenedStorages(context.open_storage)
-    source, sink = storages(context.source_root), storages(context.config.sink.path)
-    raw = read_shard(source, work.shard, context.columns, context.config.source)
-    tokenizer = _tokenizer(_local_checkpoint(context).path)
-    prepared = prepare_shard(
-        raw.table, tokenizer, context.config.chunking, context.max_chunk_tokens
-    )
-    to_do, reused = split_reusable(prepared, sink, work.reuse, context.schema)
-    bad_files = json.dumps({bad.path: bad.reason for bad in raw.bad_files})
-    known = [pa.array([work.to_json()]), pa.array([bad_files]), pa.array([storages.num_retries])]
-    columns = [*known, _pack(to_do), _pack(reused)]
-    return pa.table(columns, names=["work", "bad_files", "num_retries", "prepared", "reused"])
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(path: str) -> Tokenizer:
-    """Load a tokenizer once in a worker process: it takes longer than a shard to read."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # shards run side by side already
-    return load_tokenizer(path)
-
-
-def _local_checkpoint(context: StageContext) -> Checkpoint:
-    """Return the job's checkpoint where this node can read it; a hub id may be downloaded here."""
-    config, planned = context.config, context.checkpoint
-    if Path(planned.path).is_dir():
-        return planned
-    found = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
-    if found.identity != planned.identity:
-        raise ConfigError(
-            f"model.path {config.model.path} is another checkpoint on node "
-            f"{ray.util.get_node_ip_address()} than on the driver's. Give every node the same."
-        )
-    return found
-
-
-# generate ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class ReplicaWorker:
@@ -147,7 +55,7 @@ class ReplicaWorker:
 
     def _load(self, context: StageContext, num_threads: int | None) -> None:
         wait_passively()
-        config, checkpoint = context.config, _local_checkpoint(context)
+        config, checkpoint = context.config, local_checkpoint(context)
         self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
         limits = task_limits(config, checkpoint)
         self.task = make_task(config.task, load_tokenizer(checkpoint.path), limits)
@@ -169,7 +77,7 @@ class ReplicaWorker:
             yield await self._answer(block, shard_id, attempt)
 
     async def _answer(self, block: pa.Table, shard_id: str, attempt: Attempt) -> pa.Table:
-        prepared = await asyncio.to_thread(_unpack, block["prepared"])
+        prepared = await asyncio.to_thread(unpack, block["prepared"])
         documents = await asyncio.to_thread(documents_of, prepared)
         llm = CountingLLM(self.engine)
         watch = ShardWatch(
@@ -185,7 +93,7 @@ class ReplicaWorker:
         answered = rows.append_column(POSITION, prepared[POSITION])
         return (
             block.drop_columns(["prepared"])
-            .append_column("answered", _pack(answered))
+            .append_column("answered", pack(answered))
             .append_column("model_calls", pa.array([llm.num_calls]))
         )
 
@@ -222,78 +130,3 @@ def _die(error: InfrastructureError) -> NoReturn:
     logger.critical("engine broken, replica ends error=%s", error, exc_info=error)
     logging.shutdown()
     os._exit(1)
-
-
-def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
-    """Return what bounds a task's prompts."""
-    return TaskLimits(
-        max_model_len=checkpoint.max_model_len,
-        max_failed_chunks=config.chunking.max_failed_chunks,
-        max_chunk_tokens=config.chunking.max_tokens,
-        text_column=config.source.text_column,
-    )
-
-
-# commit ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
-    """Commit one shard; return its path and commit record, nulls where it was skipped."""
-    if not block["answered"][0].is_valid:
-        return _committed(None, None)
-    work = ShardWork.from_json(block["work"][0].as_py())
-    answered, reused = _unpack(block["answered"]), _unpack(block["reused"])
-    rows = join_rows(answered, reused)
-    record = CommitRecord(
-        shard_id=work.shard.shard_id,
-        revision=work.revision,
-        fingerprint=context.generation.fingerprint,
-        generation=context.generation.number,
-        run_id=context.run_id,
-        parts=work.shard.parts,
-        num_generated=answered.num_rows,
-        num_reused=reused.num_rows,
-        bad_files=json.loads(block["bad_files"][0].as_py()),
-        **count_rows(rows),
-    )
-    storages, tag = OpenedStorages(context.open_storage), context.generation.tag
-    sink = storages(context.config.sink.path)
-    record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
-    ray.get(journal.end.remote(record.shard_id))
-    path = file_path(record.shard_id, tag, record.revision)
-    num_retries = block["num_retries"][0].as_py() + storages.num_retries
-    return _committed(
-        path, json.dumps(asdict(record)), block["model_calls"][0].as_py(), num_retries
-    )
-
-
-def _committed(
-    path: str | None, record: str | None, model_calls: int = 0, num_retries: int = 0
-) -> pa.Table:
-    return pa.table(
-        {
-            "path": pa.array([path], pa.string()),
-            "record": pa.array([record], pa.string()),
-            "model_calls": pa.array([model_calls]),
-            "num_retries": pa.array([num_retries]),
-        }
-    )
-
-
-# tables inside a Ray block ───────────────────────────────────────────────────────────────────────
-
-
-def _pack(table: pa.Table) -> pa.Array:
-    """Return a table as Arrow IPC in one binary value."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue()
-    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
-
-
-def _unpack(column: pa.ChunkedArray) -> pa.Table:
-    """Return the table in the one value of a column, without a copy."""
-    with pa.ipc.open_stream(column[0].as_buffer()) as reader:
-        return reader.read_all()

@@ -35,7 +35,7 @@ from granite_ray.planning import InputPlan
 from granite_ray.records import Result, RowError, Shard, ShardPart, output_schema, prepared_schema
 from granite_ray.report import RunReport
 from granite_ray.resume import resume_plan
-from granite_ray.workers import ShardWork
+from granite_ray.stages import ShardWork
 from tests.corpus import make_config
 from tests.faulty_storage import FAULTS, DriverDiedError, Fault, FaultyStorage, MemoryStorage
 

@@ -24,7 +24,7 @@ from granite_ray.planning import InputPlan
 from granite_ray.records import Shard, ShardPart, output_schema
 from granite_ray.report import RunReport
 from granite_ray.resume import MAX_REUSED_FILES, check_source, resume_plan
-from granite_ray.workers import ShardWork
+from granite_ray.stages import ShardWork
 from tests.faulty_storage import FaultyStorage, MemoryStorage
 
 FINGERPRINT = "ab" * 32

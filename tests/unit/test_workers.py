@@ -15,7 +15,7 @@ from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.factory import Engine, make_engine
 from granite_ray.errors import InfrastructureError
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams, Shard, ShardPart
-from granite_ray.workers import ShardWork
+from granite_ray.stages import ShardWork
 from tests.corpus import make_config, write_corpus
 from tests.invariants import check_output
 
