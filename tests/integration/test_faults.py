@@ -112,15 +112,11 @@ def test_a_document_that_kills_its_worker_costs_its_own_row_alone(
     tmp_path: Path, engines: TracedEngines
 ) -> None:
     source, clean = write_corpus(tmp_path / "in"), write_corpus(tmp_path / "clean")
-    poisoned = {30, 44, 77}
-    for index in (1, 3):
-        seeds = range(25 * index, 25 * index + 25)
-        texts = [f"{make_text(seed)} {POISON}" if seed in poisoned else None for seed in seeds]
-        write_file(
-            source / f"part-{index:03d}.parquet",
-            seeds,
-            [text or make_text(seed) for text, seed in zip(texts, seeds, strict=True)],
-        )
+    poisoned, seeds = {30, 44}, range(25, 50)
+    texts = [
+        f"{make_text(seed)} {POISON}" if seed in poisoned else make_text(seed) for seed in seeds
+    ]
+    write_file(source / "part-001.parquet", seeds, texts)
     run_job(make_config(clean, tmp_path / "undisturbed"))
     report = run_job(make_config(source, tmp_path / "out"), make_engine=engines)
     rows = {row["document_id"]: row for row in check_output(tmp_path / "out", NUM_DOCUMENTS)}

@@ -26,6 +26,7 @@ NUM_DOCUMENTS = 100
 SHARD = 10
 SLOW = {"fake_tokens_per_s": 4000}
 """Some seconds for the whole corpus, so that there is a middle to be killed in."""
+SLOWER = {"fake_tokens_per_s": 1000}
 Rows = list[dict[str, Any]]
 
 
@@ -179,7 +180,7 @@ def test_a_signal_lets_the_shards_in_flight_finish_and_releases_the_lease(
     sink, trace = tmp_path / "out", tmp_path / "trace"
     trace.mkdir()
     engines = TracedEngines(str(trace))
-    values = job_values(corpus, sink, engine=SLOW, job={"grace_s": 60})
+    values = job_values(corpus, sink, engine=SLOWER, job={"grace_s": 60})
     with driver(tmp_path / "driver", {"config": values, "trace": str(trace)}, ray_address) as told:
         wait_until(lambda: result_files(sink), told)
         told.send(number)
