@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,4 @@ def stop_ray_processes(home: Path) -> None:
             except psutil.NoSuchProcess:
                 continue
     psutil.wait_procs(ours, timeout=10)
+    shutil.rmtree(folder, ignore_errors=True)
