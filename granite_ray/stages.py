@@ -20,6 +20,7 @@ from granite_ray.config import EngineConfig, JobConfig, ModelConfig
 from granite_ray.engine.factory import Engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.commit import Generation, commit_shard, file_path
+from granite_ray.io.input_files import check_unchanged
 from granite_ray.io.lease import check_lease
 from granite_ray.io.reuse import join_rows, split_reusable
 from granite_ray.io.sinks import CommitRecord, count_rows
@@ -126,7 +127,13 @@ def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
 
 
 def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
-    """Commit one shard; return its path and commit record, nulls where it was skipped."""
+    """Commit one shard; return its path and commit record, nulls where it was skipped.
+
+    Raises:
+        InputChangedError: If the input was replaced while it was answered.
+        LeaseError: If another run has taken the output over.
+        StorageError: If the storage fails.
+    """
     if not block["answered"][0].is_valid:
         return _committed(None, None)
     work = ShardWork.from_json(block["work"][0].as_py())
@@ -146,6 +153,7 @@ def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
     )
     storages, tag = OpenedStorages(context.open_storage), context.generation.tag
     sink = storages(context.config.sink.path)
+    check_unchanged(storages(context.source_root), work.shard.parts)
     record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
     ray.get(journal.end.remote(record.shard_id))
     path = file_path(record.shard_id, tag, record.revision)

@@ -65,6 +65,38 @@ class TracedEngines:
         return [int(line) for line in _lines(Path(self.folder) / "calls")]
 
 
+@dataclass(frozen=True, slots=True)
+class ReplacingEngines:
+    """Makes engines that put a new input file in an old one's place as they are first asked."""
+
+    new_path: str
+    old_path: str
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        engine: EngineConfig,
+        num_threads: int | None = None,
+    ) -> Engine:
+        return _ReplacingEngine(make_engine(checkpoint, model, engine, num_threads), self)
+
+
+class _ReplacingEngine:
+    def __init__(self, inner: Engine, paths: ReplacingEngines) -> None:
+        self._paths = paths
+        self.count, self.score, self.shutdown = inner.count, inner.score, inner.shutdown
+        self._inner = inner
+        self.num_calls = 0
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
+    ) -> Completion:
+        with suppress(FileNotFoundError):  # only the first call finds it
+            Path(self._paths.new_path).replace(self._paths.old_path)
+        return await self._inner.generate(prompt, sampling, grammar)
+
+
 class TracedEngine:
     """An engine whose calls are noted, and which a poisonous document kills with its process."""
 

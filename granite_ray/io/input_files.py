@@ -5,7 +5,8 @@ Only Parquet footers are read; JSONL is counted in one pass. No document is look
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +18,12 @@ from granite_ray.errors import CorruptInputError, InputChangedError, StorageErro
 from granite_ray.io.files import FileInfo
 from granite_ray.io.lines import Stretch, read_lines, scan_lines
 from granite_ray.io.storage import Storage
+from granite_ray.records import ShardPart
 
 NUM_SAMPLED_ROWS = 100
 """JSONL rows whose keys are taken to find a column that is missing everywhere."""
+
+NUM_CHECKERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,13 @@ def unchanged(storage: Storage, path: str, identity: str) -> Iterator[None]:
         _check_identity(storage, path, identity)
         raise
     _check_identity(storage, path, identity)
+
+
+def check_unchanged(storage: Storage, parts: Sequence[ShardPart]) -> None:
+    """Raise InputChangedError unless every file of a shard is still the one that was planned."""
+    files = sorted({(part.path, part.identity) for part in parts})
+    with ThreadPoolExecutor(NUM_CHECKERS) as pool:
+        list(pool.map(lambda file: _check_identity(storage, *file), files))
 
 
 @contextmanager

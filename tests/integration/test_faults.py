@@ -26,6 +26,7 @@ from tests.faults import (
     Death,
     Deaths,
     Replacement,
+    ReplacingEngines,
     TracedEngines,
     open_faulty,
 )
@@ -224,6 +225,20 @@ def test_an_input_file_replaced_during_the_run_stops_it_and_the_next_run_takes_t
     assert run_job(config).exit_code == 0
     rows = check_output(sink, 105)
     assert names(*range(500, 530)) <= {row["document_id"] for row in rows}
+
+
+def test_an_input_file_replaced_while_it_is_answered_is_not_committed(tmp_path: Path) -> None:
+    source, sink = write_corpus(tmp_path / "in", num_files=1, rows_per_file=5), tmp_path / "out"
+    new_file = tmp_path / "new.parquet"
+    write_file(new_file, range(500, 503))
+    engines = ReplacingEngines(str(new_file), str(source / "part-000.parquet"))
+    config = make_config(source, sink)
+    with pytest.raises(GraniteRayError, match=r"part-000\.parquet has changed") as stop:
+        run_job(config, make_engine=engines)
+    assert stop.value.exit_code == 75
+    assert not (sink / "results").exists()
+    assert run_job(config).exit_code == 0
+    assert {row["document_id"] for row in check_output(sink, 3)} == names(500, 501, 502)
 
 
 def test_a_cluster_without_a_gpu_is_named_in_the_error(tmp_path: Path) -> None:
