@@ -168,7 +168,10 @@ def _with_absolute_paths(config: JobConfig) -> JobConfig:
     )
     source = config.source.model_copy(update={"path": paths})
     sink = config.sink.model_copy(update={"path": absolute(config.sink.path)})
-    return config.model_copy(update={"source": source, "sink": sink})
+    model = config.model
+    if model.path != "quickstart" and Path(model.path).expanduser().is_dir():
+        model = model.model_copy(update={"path": absolute(model.path)})
+    return config.model_copy(update={"source": source, "sink": sink, "model": model})
 
 
 def _load_model(config: JobConfig) -> _Model:
