@@ -37,7 +37,12 @@ def _call(arguments: argparse.Namespace) -> int:
 
 def console_script() -> None:
     """Run the command line as a process of its own."""
-    leave(main())
+    try:
+        code = main()
+    except BrokenPipeError:  # as `granite-ray schema | head` ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:
