@@ -190,6 +190,7 @@ def test_a_reader_never_sees_a_document_twice_nor_misses_one(tmp_path: Path) -> 
     assert reader.seen <= {names(*range(100)), names(*range(40), *range(75, 100), 777)}
 
 
+@pytest.mark.slow
 def test_a_reader_sees_every_document_once_while_failed_rows_are_done_again(
     tmp_path: Path, engines: TracedEngines
 ) -> None:

@@ -83,14 +83,8 @@ def test_a_driver_killed_between_two_storage_calls_is_resumed(
     }
 
 
-@pytest.mark.parametrize(
-    ("when", "nth"),
-    [
-        ("after", 1),
-        pytest.param("before", 1, marks=pytest.mark.slow),
-        pytest.param("after", 2, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "nth"), [("after", 1), ("before", 1), ("after", 2)])
 def test_a_driver_killed_while_it_deletes_what_is_superseded_is_resumed(
     ray_address: str, tmp_path: Path, when: str, nth: int
 ) -> None:

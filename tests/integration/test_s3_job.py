@@ -302,6 +302,7 @@ def test_a_killed_run_resumes_to_the_rows_of_an_undisturbed_one(
     assert rows == {row["document_id"]: row for row in undisturbed}
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_one_works_and_the_other_wrote_nothing(
     bucket: Bucket, runner: Runner, in_environment: str, tmp_path: Path
 ) -> None:
