@@ -278,6 +278,7 @@ def test_a_commit_whose_answer_was_lost_is_recognised(
     assert len(bucket.rows()) == NUM_DOCUMENTS
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_rows_of_an_undisturbed_one(
     bucket: Bucket, runner: Runner, in_environment: str, tmp_path: Path
 ) -> None:

@@ -343,7 +343,7 @@ print(json.dumps(answers))
         pytest.param("granitemoe", False, marks=pytest.mark.slow),
         pytest.param("granitemoe", True, marks=pytest.mark.slow),
         pytest.param("granitemoehybrid", False, marks=pytest.mark.slow),
-        ("granitemoehybrid", True),
+        pytest.param("granitemoehybrid", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_job_answers_as_plain_transformers_does(tmp_path: Path, kind: str, is_chat: bool) -> None:
