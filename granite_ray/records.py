@@ -89,22 +89,36 @@ class Document:
 class Prompt:
     """The token ids sent to the model.
 
-    The first `num_shared_tokens` are the same for every prompt of the job: an engine may compute
-    them once.
+    `junctions` are positions, ascending, up to which other prompts begin in the same way: the end
+    of what all prompts of the job share, the end of a document that several questions share. An
+    engine may keep what it has computed up to there.
     """
 
     token_ids: tuple[int, ...]
-    num_shared_tokens: int = 0
+    junctions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Temperature 0 is greedy; `seed` belongs to the request alone."""
+    """How tokens are chosen. Temperature 0 is greedy; `seed` belongs to the request alone.
+
+    Of what the temperature leaves, `top_k` keeps the likeliest tokens (0: all), `top_p` the fewest
+    whose probabilities sum to it, `min_p` those at least that likely compared with the likeliest.
+    `repetition_penalty` divides positive logits of tokens seen so far, prompt included, and
+    multiplies negative ones. `num_logprobs` asks for the log-probability of each chosen token and
+    of so many alternatives.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +129,32 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one chosen token, and of the likeliest tokens in its place.
+
+    Natural logarithms of what the model says, before temperature, filters and grammar.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model wrote for one prompt, without the stop token or stop string."""
+    """What the model wrote for one prompt, without the stop token or stop string.
+
+    `token_ids` are those chosen, the stop token left out; `logprobs` has one entry for each, where
+    asked for. `num_cached_tokens` of the prompt were not computed again.
+    """
 
     text: str
     num_prompt_tokens: int
     num_completion_tokens: int
     finish_reason: FinishReason
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached_tokens: int = 0
 
 
 class LLM(Protocol):

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
+from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.sampling import choose_tokens
-from granite_ray.engine.sequence import Sequence
 from granite_ray.engine.token_rows import TokenRows
 
 
 @torch.inference_mode()
-def finish_sequences(model: Any, sequences: list[Sequence]) -> None:
+def finish_sequences(model: Any, sequences: list[Continuation]) -> None:
     """Continue all sequences to their ends; each tells its caller as soon as it is there."""
     running = sequences
     rows = TokenRows(model, [sequence.request.prompt.token_ids for sequence in running])

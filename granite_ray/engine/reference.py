@@ -13,6 +13,7 @@ import torch
 
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
+from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.decoding import finish_sequences
 from granite_ray.engine.grammar import GrammarCompiler
 from granite_ray.engine.loading import load_model
@@ -27,7 +28,6 @@ from granite_ray.engine.requests import (
     take_batch,
 )
 from granite_ray.engine.scoring import score_choices
-from granite_ray.engine.sequence import Sequence as RunningSequence
 from granite_ray.errors import InfrastructureError
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
 from granite_ray.tokenizer import Tokenizer
@@ -62,6 +62,9 @@ class ReferenceEngine:
         self, model: Any, tokenizer: Tokenizer, max_model_len: int, config: EngineConfig
     ) -> None:
         self.num_calls = 0
+        self.num_steps = 0
+        for layer in model.model.layers:  # a whole forward pass may take minutes on a CPU
+            layer.register_forward_pre_hook(self._count_step)
         self._model = model
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
@@ -167,10 +170,13 @@ class ReferenceEngine:
             for request, answer in zip(scores, answers, strict=True):
                 settle(request.future, answer)
 
-    def _new_sequence(self, request: GenerateRequest) -> RunningSequence:
+    def _count_step(self, *_: object) -> None:
+        self.num_steps += 1
+
+    def _new_sequence(self, request: GenerateRequest) -> Continuation:
         grammar = request.grammar
         matcher = None if grammar is None else self._grammars.matcher(grammar)
-        return RunningSequence(request, self._tokenizer, matcher)
+        return Continuation(request, self._tokenizer, matcher)
 
     def _stop(self, error: InfrastructureError) -> None:
         """Fail whoever waits and every later call, once and for good."""

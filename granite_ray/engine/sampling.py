@@ -2,10 +2,10 @@
 
 import torch
 
-from granite_ray.engine.sequence import Sequence
+from granite_ray.engine.continuation import Continuation
 
 
-def choose_tokens(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def choose_tokens(logits: torch.Tensor, sequences: list[Continuation]) -> list[int]:
     """Choose the next token of every sequence from its row of `logits`, which is overwritten."""
     for row, sequence in enumerate(sequences):
         allowed = sequence.allowed_tokens()
@@ -19,7 +19,7 @@ def choose_tokens(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     ]
 
 
-def _draw(logits: torch.Tensor, sequence: Sequence) -> int:
+def _draw(logits: torch.Tensor, sequence: Continuation) -> int:
     """Sample on the CPU: each sequence has its own numbers, the same ones on any device."""
     logits = logits.cpu()
     scaled = (logits - logits.max()) / sequence.request.sampling.temperature

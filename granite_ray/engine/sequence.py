@@ -1,83 +1,101 @@
-"""The living state of one request while it is continued, token by token."""
+"""A sequence as the scheduler sees it: token ids and integers, no tensors, no text."""
 
-import torch
-from numpy import bool_
-from numpy.typing import NDArray
-
-from granite_ray.engine.grammar import GrammarMatcher
-from granite_ray.engine.requests import GenerateRequest, cut_at_stop, fail, settle
-from granite_ray.errors import RowFailure
-from granite_ray.records import Completion, FinishReason
-from granite_ray.tokenizer import Tokenizer
+from dataclasses import dataclass, field
+from enum import Enum
 
 
+class SequenceStatus(Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """A completion in the making: it knows where it must end and tells its caller."""
+    """The engine's living state for one request.
 
-    def __init__(
-        self, request: GenerateRequest, tokenizer: Tokenizer, matcher: GrammarMatcher | None
-    ) -> None:
-        self.request = request
-        self.token_ids: list[int] = []
-        self.generator = torch.Generator().manual_seed(request.sampling.seed)
-        self._tokenizer = tokenizer
-        self._matcher = matcher
-        # A stop string would cut JSON open; under a grammar the grammar says where to stop.
-        self._stop = request.sampling.stop if matcher is None else ()
-        self._max_stop_bytes = max((len(stop.encode()) for stop in self._stop), default=0)
+    A sequence that generates grows: whoever samples appends to `token_ids`. One that scores has
+    `branches`: beginnings of choices that are weighed after its prompt, each by itself; its
+    `token_ids` stay the prompt.
+
+    Attributes:
+        seq_id: Given in the order of arrival.
+        token_ids: The prompt, then what was chosen.
+        num_prompt_tokens: Length of the prompt.
+        max_num_tokens: The most tokens it can come to have, branches left out.
+        junctions: Positions, ascending, up to which others begin in the same way.
+        is_interactive: Goes before those that are not.
+        branches: Token ids of each branch of a sequence that scores; none is empty.
+        num_computed_tokens: Of `token_ids`, how many are in the cache.
+        num_cached_tokens: Of the prompt, how many were found in the cache at first admission.
+        num_scored_branches: Of `branches`, how many are done, the first ones first.
+        block_table: Block ids of the computed and scheduled tokens, in order.
+        state_slot: Its Mamba state, -1 where it has none.
+        num_preemptions: How often its blocks were taken back.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_num_tokens: int
+    junctions: tuple[int, ...] = ()
+    is_interactive: bool = False
+    is_scoring: bool = False
+    branches: tuple[tuple[int, ...], ...] = ()
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_scored_branches: int = 0
+    block_table: list[int] = field(default_factory=list)
+    state_slot: int = -1
+    num_preemptions: int = 0
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the caller has its completion or a failure, or stopped waiting."""
-        return self.request.future.done()
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens known and not yet in the cache: 1 for a plain decode."""
+        return len(self.token_ids) - self.num_computed_tokens
 
-    def allowed_tokens(self) -> NDArray[bool_] | None:
-        """Return which tokens the grammar allows next; None where anything goes."""
-        if self._matcher is None or self.is_finished:
-            return None
-        try:
-            return self._matcher.allowed_tokens()
-        except RowFailure as failure:
-            fail(self.request.future, failure)
-            return None
 
-    def append(self, token_id: int) -> None:
-        """Take the next token, and finish where it is the last."""
-        if self.is_finished:
-            return
-        if token_id in self._tokenizer.eos_token_ids:
-            self._finish("stop")
-            return
-        self.token_ids.append(token_id)
-        try:
-            is_last = self._step_grammar(token_id) or self._ends_with_stop_string()
-        except RowFailure as failure:
-            fail(self.request.future, failure)
-            return
-        if is_last:
-            self._finish("stop")
-        elif len(self.token_ids) == self.request.sampling.max_tokens:
-            self._finish("length")
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """What one sequence does in a step.
 
-    def _step_grammar(self, token_id: int) -> bool:
-        if self._matcher is None:
-            return False
-        self._matcher.consume(token_id)
-        return self._matcher.is_finished
+    Without branches: its next `num_tokens` tokens go through the model and into the cache. With
+    branches: those of its branches from `num_scored_branches` on, `num_tokens` tokens in all; the
+    prompt is in the cache.
+    """
 
-    def _ends_with_stop_string(self) -> bool:
-        if not self._stop:
-            return False
-        # Every token brings a byte at least, so a stop string that ends now began in these.
-        tail = self._tokenizer.decode(self.token_ids[-self._max_stop_bytes :])
-        return any(stop in tail for stop in self._stop)
+    sequence: Sequence
+    num_tokens: int
+    branches: tuple[tuple[int, ...], ...] = ()
 
-    def _finish(self, reason: FinishReason) -> None:
-        text = self._tokenizer.decode(self.token_ids)
-        completion = Completion(
-            text=cut_at_stop(text, self._stop),
-            num_prompt_tokens=len(self.request.prompt.token_ids),
-            num_completion_tokens=len(self.token_ids),
-            finish_reason=reason,
-        )
-        settle(self.request.future, completion)
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the step reaches the sequence's last known token, or goes along branches."""
+        return bool(self.branches) or self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the scheduler chose for one step; decodes come first.
+
+    `restored` and `saved` are pairs of state slots, source and target: those of snapshots that
+    sequences start from, copied before the forward pass, and of sequences whose state is kept,
+    copied after it.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...]
+    restored: tuple[tuple[int, int], ...] = ()
+    saved: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_decodes(self) -> int:
+        """How many stand at the front with one token, a cached one before it, and no branches."""
+        return sum(map(_is_decode, self.scheduled))
+
+
+def _is_decode(scheduled: ScheduledSequence) -> bool:
+    is_later = scheduled.sequence.num_computed_tokens > 0
+    return scheduled.num_tokens == 1 and is_later and not scheduled.branches

@@ -96,6 +96,7 @@ class PromptTemplate:
         self.shows_text = bool(self._user.names & words.text_names)
         self.shows_instruction = "instruction" in self._user.names
         self.columns = self._user.names - words.text_names - OWN_NAMES
+        self._asks_after_text = self._user.is_static and self._has_words_after_text()
         self.stop = () if tokenizer.has_chat_template else BASE_STOP
         self.num_tokens = self._count_tokens()
 
@@ -111,6 +112,7 @@ class PromptTemplate:
         runs = self._runs_with(tuple(bool(title) for title, _ in filling.documents))
         values = self._slot_values(filling)
         token_ids: list[int] = []
+        junctions = [len(runs[0])] if isinstance(runs[0], list) else []
         for run in runs:
             if isinstance(run, list):
                 token_ids += run
@@ -118,7 +120,9 @@ class PromptTemplate:
                 token_ids += self._encode_turn(filling)
             else:
                 token_ids += self._encode_value(values[run.name], as_json=run.as_json)
-        return Prompt(tuple(token_ids), len(runs[0]) if isinstance(runs[0], list) else 0)
+                if self._asks_after_text and run.name in self._words.text_names:
+                    junctions.append(len(token_ids))
+        return Prompt(tuple(token_ids), tuple(junctions))
 
     def check_takes_documents(self) -> None:
         """Refuse a checkpoint whose prompts have no place for documents."""
@@ -180,6 +184,13 @@ class PromptTemplate:
     def _constant(self, name: str) -> object:
         """Return what a static template is rendered with: the instruction, or a place to fill."""
         return self._words.instruction if name == "instruction" else Slot(name)
+
+    def _has_words_after_text(self) -> bool:
+        """Tell whether the question stands behind the document, which other questions may share."""
+        turn = self._user.render({name: self._constant(name) for name in self._user.names})
+        is_text = [isinstance(p, Slot) and p.name in self._words.text_names for p in turn]
+        after = turn[len(turn) - is_text[::-1].index(True) :] if any(is_text) else []
+        return any(isinstance(p, Plain) or (isinstance(p, str) and p.strip()) for p in after)
 
     def _example_turn(self, text: str) -> tuple[Piece, ...]:
         """Return an example's user turn: the same template, with empty columns."""

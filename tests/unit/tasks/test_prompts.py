@@ -91,7 +91,7 @@ def test_the_document_is_its_own_token_ids(tokenizer: Tokenizer) -> None:
     prompt = template.fill(Filling(TokenizedText("not looked at", [7, 8, 9])))
     at = prompt.token_ids.index(9) - 2
     assert prompt.token_ids[at : at + 3] == (7, 8, 9)
-    assert at >= prompt.num_shared_tokens
+    assert at >= prompt.junctions[0]
 
 
 @pytest.mark.parametrize("template", [WORDS.template, "{% if text %}{{ text }}{% endif %}"])
@@ -101,9 +101,19 @@ def test_shared_tokens_are_those_before_the_first_document_piece(
     prompts = PromptTemplate(PromptWords(template, "Sum up."), tokenizer)
     first = fill(prompts, tokenizer, "A fox.")
     second = fill(prompts, tokenizer, "日本")
-    num_shared = first.num_shared_tokens
-    assert num_shared == second.num_shared_tokens > 5
+    (num_shared,) = first.junctions
+    assert second.junctions == first.junctions
+    assert num_shared > 5
     assert first.token_ids[:num_shared] == second.token_ids[:num_shared]
+
+
+def test_a_document_before_its_question_ends_at_a_junction(tokenizer: Tokenizer) -> None:
+    words = ("{{ text }}\n\n{{ instruction }}", "{{ instruction }}\n\n{{ text }}")
+    behind, before = (PromptTemplate(PromptWords(word, "Sum up."), tokenizer) for word in words)
+    filling = Filling(TokenizedText("not looked at", [7, 8, 9]))
+    prompt = behind.fill(filling)
+    assert prompt.junctions[1] == prompt.token_ids.index(9) + 1
+    assert len(before.fill(filling).junctions) == 1
 
 
 def test_a_piece_of_a_longer_text_says_which_one_it_is(tokenizer: Tokenizer) -> None:
