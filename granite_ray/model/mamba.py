@@ -1,0 +1,264 @@
+"""The Mamba2 mixer: projections, causal convolution, state-space recurrence, gated norm.
+
+Takes all segments of a forward batch: decodes in one go, runs in pieces from the state in their
+slot, branches from that state without moving it. The recurrence itself is in `mamba_scan`.
+"""
+
+# T tokens, L tokens of a piece, S decodes, Z state slots, D hidden size, I inner channels,
+# C convolution channels, K convolution width, W = K - 1, H heads, M head size, R state size
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from granite_ray.model.architecture import Architecture
+from granite_ray.model.batch import ForwardBatch, Segment
+from granite_ray.model.mamba_scan import ScanInputs, scan, scan_branches, step
+
+SCAN_LENGTH = 64
+"""The most tokens of a piece. Any number gives the same answer; this one keeps it in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What `in_proj` makes of some tokens."""
+
+    gate_TI: torch.Tensor
+    channels_TC: torch.Tensor
+    dt_TH: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> "Projected":
+        """Return the tokens from `start` up to `stop`."""
+        rows = slice(start, stop)
+        return Projected(self.gate_TI[rows], self.channels_TC[rows], self.dt_TH[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """The state of one sequence in this layer: views of its slot, or copies to be dropped."""
+
+    conv_CW: torch.Tensor
+    ssm_HMR: torch.Tensor
+
+    def clone(self) -> "SlotState":
+        """Return a copy that can be moved without moving this one."""
+        return SlotState(self.conv_CW.clone(), self.ssm_HMR.clone())
+
+
+class MambaMixer(nn.Module):
+    """One Mamba2 mixer, in the place of attention.
+
+    The products with `in_proj` and `out_proj` are in the parameters' dtype, all between them in
+    float32.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        num_heads, conv_dim = architecture.mamba_n_heads, architecture.mamba_conv_dim
+        inner_size, hidden_size = architecture.mamba_size, architecture.hidden_size
+        self.architecture = architecture
+        self.scan_length = min(SCAN_LENGTH, architecture.mamba_chunk_size)
+        self.in_proj = _make_linear(
+            hidden_size, inner_size + conv_dim + num_heads, architecture.mamba_proj_bias
+        )
+        self.conv1d = CausalConv(conv_dim, architecture.mamba_d_conv, architecture.mamba_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.D = nn.Parameter(torch.empty(num_heads))
+        self.norm = GatedNorm(inner_size, architecture.mamba_n_groups, architecture.rms_norm_eps)
+        self.out_proj = _make_linear(inner_size, hidden_size, architecture.mamba_proj_bias)
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        batch: ForwardBatch,
+        conv_state: torch.Tensor,
+        ssm_state: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return y_TD; the slots of decodes and runs move on in place.
+
+        `conv_state` [Z, C, W], the convolution's last inputs, and `ssm_state` [Z, H, M, R], in
+        float32, are this layer's tensors of `ModelState`.
+        """
+        projected = self._project(x_TD)
+        y_TI = torch.empty_like(projected.gate_TI)
+        num_decodes = batch.num_decodes
+        if num_decodes:
+            slots = [segment.state_slot for segment in batch.segments[:num_decodes]]
+            slots_S = torch.tensor(slots, device=x_TD.device)
+            decodes = projected.rows(0, num_decodes)
+            y_TI[:num_decodes] = self._decode(decodes, slots_S, conv_state, ssm_state)
+        start = num_decodes
+        for segment in batch.segments[num_decodes:]:
+            stop = start + segment.num_tokens
+            state = _start_state(segment, conv_state, ssm_state)
+            self._prefill(segment, projected.rows(start, stop), state, y_TI[start:stop])
+            start = stop
+        y_TD: torch.Tensor = self.out_proj(y_TI)
+        return y_TD
+
+    def _project(self, x_TD: torch.Tensor) -> Projected:
+        architecture = self.architecture
+        sizes = architecture.mamba_size, architecture.mamba_conv_dim, architecture.mamba_n_heads
+        return Projected(*self.in_proj(x_TD).split_with_sizes(sizes, dim=-1))
+
+    def _decode(
+        self,
+        projected: Projected,
+        slots_S: torch.Tensor,
+        conv_state: torch.Tensor,
+        ssm_state: torch.Tensor,
+    ) -> torch.Tensor:
+        window_SCK = torch.cat([conv_state[slots_S], projected.channels_TC[..., None]], dim=-1)
+        conv_state[slots_S] = window_SCK[..., 1:]
+        tokens = self._scan_inputs(self.conv1d.last(window_SCK), projected.dt_TH)
+        state_SHMR = ssm_state[slots_S]
+        y_SHM = step(tokens, state_SHMR)
+        ssm_state[slots_S] = state_SHMR
+        return self._finish(y_SHM, tokens, projected.gate_TI)
+
+    def _prefill(
+        self, segment: Segment, projected: Projected, state: SlotState, out_TI: torch.Tensor
+    ) -> None:
+        if not segment.branch_lens:
+            self._run(projected, state, out_TI)
+            return
+        start = 0
+        for lens in _fold(segment.branch_lens, self.scan_length):
+            stop = start + sum(lens)
+            folded, out = projected.rows(start, stop), out_TI[start:stop]
+            if stop - start > self.scan_length:
+                self._run(folded, state.clone(), out)
+            else:
+                out.copy_(self._branches(folded, lens, state))
+            start = stop
+
+    def _run(self, projected: Projected, state: SlotState, out_TI: torch.Tensor) -> None:
+        """Take one run in pieces; the state moves on in place."""
+        num_tokens = out_TI.shape[0]
+        for start in range(0, num_tokens, self.scan_length):
+            stop = min(start + self.scan_length, num_tokens)
+            piece = projected.rows(start, stop)
+            window_XC = torch.cat([state.conv_CW.T, piece.channels_TC])
+            state.conv_CW.copy_(window_XC[stop - start :].T)
+            tokens = self._scan_inputs(self.conv1d(window_XC), piece.dt_TH)
+            y_LHM = scan(tokens, state.ssm_HMR)
+            out_TI[start:stop] = self._finish(y_LHM, tokens, piece.gate_TI)
+
+    def _branches(self, projected: Projected, lens: list[int], state: SlotState) -> torch.Tensor:
+        """Take branches that fit in one piece together; the state stays."""
+        windows = [
+            torch.cat([state.conv_CW.T, channels])
+            for channels in projected.channels_TC.split_with_sizes(lens)
+        ]
+        convolved_LC = torch.cat([self.conv1d(window_XC) for window_XC in windows])
+        tokens = self._scan_inputs(convolved_LC, projected.dt_TH)
+        y_LHM = scan_branches(tokens, lens, state.ssm_HMR)
+        return self._finish(y_LHM, tokens, projected.gate_TI)
+
+    def _scan_inputs(self, convolved_LC: torch.Tensor, dt_LH: torch.Tensor) -> ScanInputs:
+        architecture = self.architecture
+        num_groups, state_size = architecture.mamba_n_groups, architecture.mamba_d_state
+        shared_size = num_groups * state_size
+        x_LI, B, C = convolved_LC.split_with_sizes(
+            (architecture.mamba_size, shared_size, shared_size), dim=-1
+        )
+        dt_LH = F.softplus(dt_LH.float() + self.dt_bias.float())
+        dt_LH = dt_LH.clamp(*architecture.time_step_limit)
+        return ScanInputs(
+            x_LHM=x_LI.view(-1, architecture.mamba_n_heads, architecture.mamba_d_head),
+            B_LGR=B.view(-1, num_groups, state_size),
+            C_LGR=C.view(-1, num_groups, state_size),
+            dt_LH=dt_LH,
+            log_decay_LH=-self.A_log.float().exp() * dt_LH,
+        )
+
+    def _finish(
+        self, y_LHM: torch.Tensor, tokens: ScanInputs, gate_LI: torch.Tensor
+    ) -> torch.Tensor:
+        """Add what skips the recurrence; gate and norm."""
+        y_LHM.addcmul_(tokens.x_LHM, self.D.float()[:, None])
+        normed_LI: torch.Tensor = self.norm(y_LHM.flatten(1), gate_LI)
+        return normed_LI
+
+
+class CausalConv(nn.Module):
+    """A convolution of each channel by itself over the last K tokens, with SiLU, in float32."""
+
+    def __init__(self, num_channels: int, width: int, has_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(num_channels)) if has_bias else None
+
+    def forward(self, window_XC: torch.Tensor) -> torch.Tensor:
+        """Return L rows for L + W: the first W are context only.
+
+        Sums of shifted rows need no transposition, and each stays in the cache.
+        """
+        window_XC = window_XC.float()
+        weight_KC = self.weight.float()[:, 0].T.contiguous()
+        width = weight_KC.shape[0]
+        num_tokens = window_XC.shape[0] - width + 1
+        y_LC = window_XC[:num_tokens] * weight_KC[0]
+        for k in range(1, width):
+            y_LC.addcmul_(window_XC[k : k + num_tokens], weight_KC[k])
+        return self._activate(y_LC)
+
+    def last(self, window_SCK: torch.Tensor) -> torch.Tensor:
+        """Return each sequence's newest row, [S, C]."""
+        return self._activate((window_SCK.float() * self.weight.float()[:, 0]).sum(-1))
+
+    def _activate(self, y_LC: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None:
+            y_LC += self.bias.float()
+        return F.silu(y_LC, inplace=True)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of each group of channels, after the gate."""
+
+    def __init__(self, size: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, y_LI: torch.Tensor, gate_LI: torch.Tensor) -> torch.Tensor:
+        gated_LI = y_LI * F.silu(gate_LI.float())
+        grouped = gated_LI.view(len(gated_LI), self.num_groups, -1)
+        normed_LI = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(1)
+        return (normed_LI * self.weight.float()).to(gate_LI.dtype)
+
+
+def _make_linear(in_size: int, out_size: int, has_bias: bool) -> nn.Linear:
+    """Return a linear map whose parameters are not filled yet: that is the checkpoint's part."""
+    linear = nn.Linear(in_size, out_size, bias=has_bias, device="meta")
+    return linear.to_empty(device=torch.get_default_device())
+
+
+def _start_state(segment: Segment, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> SlotState:
+    """Return the state that the segment's tokens continue.
+
+    A fresh run clears its slot, which it is about to fill; fresh branches may not.
+    """
+    state = SlotState(conv_state[segment.state_slot], ssm_state[segment.state_slot])
+    if segment.num_cached_tokens:
+        return state
+    if segment.branch_lens:
+        return SlotState(torch.zeros_like(state.conv_CW), torch.zeros_like(state.ssm_HMR))
+    state.conv_CW.zero_()
+    state.ssm_HMR.zero_()
+    return state
+
+
+def _fold(branch_lens: tuple[int, ...], max_tokens: int) -> list[list[int]]:
+    """Put neighbours together while they fit; a branch that is longer stays alone."""
+    folds: list[list[int]] = []
+    for num_tokens in branch_lens:
+        if folds and sum(folds[-1]) + num_tokens <= max_tokens:
+            folds[-1].append(num_tokens)
+        else:
+            folds.append([num_tokens])
+    return folds
