@@ -44,9 +44,11 @@ class Checkpoint:
     """What the job knows of the checkpoint that it runs.
 
     `name` goes into every row. `identity` is what of it can change an answer, for the fingerprint.
+    `tokenizer_path` is the folder itself, or the embedded one where a dummy has no tokenizer.
     """
 
     path: str
+    tokenizer_path: str
     name: str
     config: Mapping[str, Any]
     max_model_len: int
@@ -67,18 +69,21 @@ def open_checkpoint(model: ModelConfig, *, weights_needed: bool = True) -> Check
     weights_needed = weights_needed and model.load_format == "auto"
     folder, name, revision = _locate(model.path, weights_needed)
     config = _read_config(folder, model.path)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer_folder = _choose_tokenizer_folder(folder, model)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     _check_vocabulary(tokenizer, config, model.path)
     weights = _identify_weights(folder, model.path) if weights_needed else None
     return Checkpoint(
         path=str(folder),
+        tokenizer_path=str(tokenizer_folder),
         name=name,
         config=config,
         max_model_len=_choose_max_model_len(model, config),
         eos_token_ids=tokenizer.eos_token_ids,
         identity={
             "eos_token_ids": list(tokenizer.eos_token_ids),
-            "files": _digest_files(folder, ("config.json", *TOKENIZER_FILES)),
+            "files": _digest_files(folder, ("config.json",))
+            | _digest_files(tokenizer_folder, TOKENIZER_FILES),
             "revision": revision,
             "weights": weights,
         },
@@ -148,6 +153,16 @@ def _read_config(folder: Path, path: str) -> dict[str, Any]:
             "Choose the checkpoint in bfloat16."
         )
     return config
+
+
+def _choose_tokenizer_folder(folder: Path, model: ModelConfig) -> Path:
+    """Return the folder whose tokenizer is used.
+
+    Random weights give no text worth the name, so shapes alone are enough to try them: the
+    embedded tokenizer, smaller than any real one, stands in.
+    """
+    has_none = not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return QUICKSTART_PATH if model.load_format == "dummy" and has_none else folder
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: Mapping[str, Any], path: str) -> None:

@@ -92,6 +92,8 @@ def run_job(
         Interrupts() as interrupts,
         Cluster(config.job, config.engine, on_start=interrupts.install) as cluster,
     ):
+        if model.checkpoint.tokenizer_path != model.checkpoint.path:
+            view.say(f"{config.model.path} has no tokenizer: the embedded one stands in")
         view.say("planning")
         with report.timed("plan"):
             plan = plan_input(config.source, sorted(model.task.columns), storages, cluster)
@@ -177,7 +179,7 @@ def _with_absolute_paths(config: JobConfig) -> JobConfig:
 def _load_model(config: JobConfig) -> _Model:
     """Open the checkpoint and make the task: all that they refuse is refused here."""
     checkpoint = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     return _Model(checkpoint, make_task(config.task, tokenizer, task_limits(config, checkpoint)))
 
 

@@ -81,7 +81,7 @@ def read_and_prepare(block: pa.Table, context: StageContext) -> pa.Table:
     storages = OpenedStorages(context.open_storage)
     source, sink = storages(context.source_root), storages(context.config.sink.path)
     raw = read_shard(source, work.shard, context.columns, context.config.source)
-    tokenizer = _tokenizer(local_checkpoint(context).path)
+    tokenizer = _tokenizer(local_checkpoint(context).tokenizer_path)
     prepared = prepare_shard(
         raw.table, tokenizer, context.config.chunking, context.max_chunk_tokens
     )
@@ -102,7 +102,7 @@ def _tokenizer(path: str) -> Tokenizer:
 def local_checkpoint(context: StageContext) -> Checkpoint:
     """Return the job's checkpoint where this node can read it; a hub id may be downloaded here."""
     config, planned = context.config, context.checkpoint
-    if Path(planned.path).is_dir():
+    if all(Path(path).is_dir() for path in (planned.path, planned.tokenizer_path)):
         return planned
     found = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
     if found.identity != planned.identity:

@@ -58,7 +58,7 @@ class ReplicaWorker:
         config, checkpoint = context.config, local_checkpoint(context)
         self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
         limits = task_limits(config, checkpoint)
-        self.task = make_task(config.task, load_tokenizer(checkpoint.path), limits)
+        self.task = make_task(config.task, load_tokenizer(checkpoint.tokenizer_path), limits)
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""

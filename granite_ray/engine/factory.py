@@ -34,7 +34,7 @@ def make_engine(
         engine: How the engine runs.
         num_threads: CPU threads of one replica; by default torch decides.
     """
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if engine.backend == "fake":
         return FakeEngine(tokenizer, checkpoint.max_model_len, engine.fake_tokens_per_s)
     from granite_ray.engine.reference import load_reference_engine  # loads torch

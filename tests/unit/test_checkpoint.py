@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from granite_ray.checkpoint import SUPPORTED_MODEL_TYPES, Checkpoint, open_checkpoint
+from granite_ray.checkpoint import (
+    QUICKSTART_PATH,
+    SUPPORTED_MODEL_TYPES,
+    Checkpoint,
+    open_checkpoint,
+)
 from granite_ray.config import ModelConfig
 from granite_ray.errors import ConfigError
+from granite_ray.tokenizer import TOKENIZER_FILES
 from tests.tiny import write_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -90,6 +96,50 @@ def test_files_beside_the_checkpoint_do_not_change_its_identity(folder: Path) ->
     (folder / "README.md").write_text("hello")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     assert open_folder(folder).identity == before
+
+
+# dummies ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def remove_tokenizer(folder: Path, *names: str) -> None:
+    for name in names or TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def test_a_dummy_without_tokenizer_takes_the_embedded_one(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "mine", vocab_size=49155)
+    own = open_folder(folder, load_format="dummy")
+    remove_tokenizer(folder)
+    checkpoint = open_folder(folder, load_format="dummy")
+    assert (own.tokenizer_path, checkpoint.tokenizer_path) == (str(folder), str(QUICKSTART_PATH))
+    assert checkpoint.path == own.path
+    embedded = open_checkpoint(ModelConfig(path="quickstart"))
+    assert checkpoint.eos_token_ids == embedded.eos_token_ids
+    files, own_files = checkpoint.identity["files"], own.identity["files"]
+    assert files == embedded.identity["files"] | {"config.json": own_files["config.json"]}
+    assert files["tokenizer.json"] != own_files["tokenizer.json"]
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "chat_template.jinja"]])
+def test_a_dummy_with_half_a_tokenizer_is_refused(folder: Path, names: list[str]) -> None:
+    remove_tokenizer(folder, *names)
+    with pytest.raises(ConfigError, match=r"granite-tiny.* has no tokenizer\.json"):
+        open_folder(folder, load_format="dummy")
+
+
+def test_no_other_checkpoint_goes_without_a_tokenizer(folder: Path) -> None:
+    remove_tokenizer(folder)
+    for weights_needed in (True, False):
+        with pytest.raises(ConfigError, match=r"granite-tiny.* has no tokenizer\.json"):
+            open_folder(folder, weights_needed=weights_needed)
+
+
+def test_a_dummy_whose_vocabulary_is_too_small_for_the_embedded_tokenizer_is_refused(
+    folder: Path,
+) -> None:
+    remove_tokenizer(folder)
+    with pytest.raises(ConfigError, match=r"tokenizer has 6.* vocab_size in config\.json is 1000"):
+        open_folder(folder, load_format="dummy")
 
 
 # refusals ────────────────────────────────────────────────────────────────────────────────────────
