@@ -4,12 +4,13 @@ llguidance does the parsing; here its grammars are compiled once, written compac
 ramble in white space), and its errors become ours. Torch is not needed.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from granite_ray.errors import ConfigError, RowFailure
@@ -34,11 +35,21 @@ def check_schema(json_schema: str) -> None:
 
 
 class GrammarCompiler:
-    """Grammars over one vocabulary; each schema is compiled once."""
+    """Grammars over one vocabulary; each schema is compiled once.
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    `num_threads` compute masks: few, because a forward pass may need the cores at the same time.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: str,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        num_threads: int = 1,
+    ) -> None:
         self.vocab_size = vocab_size
         self._tokenizer = LLTokenizer(tokenizer_json, vocab_size, list(eos_token_ids))
+        self._executor = LLExecutor(num_threads)
         self._compiled = lru_cache(MAX_COMPILED_GRAMMARS)(self._compile)
 
     def matcher(self, grammar: Grammar) -> "GrammarMatcher":
@@ -48,6 +59,22 @@ class GrammarCompiler:
             ConfigError: Naming what cannot be compiled.
         """
         return GrammarMatcher(self._compiled(grammar.json_schema).deep_copy(), self.vocab_size)
+
+    def compute_masks(self, matchers: Sequence["GrammarMatcher"]) -> NDArray[np.uint8]:
+        """Return for each matcher which tokens may come next: a row of bits, the first one lowest.
+
+        Rows are padded to whole 32-bit words. Python's lock is let go once for all matchers; one
+        by one, a thread would wait for it again after each. A matcher that breaks meanwhile raises
+        nothing here: ask it with `raise_if_broken`.
+        """
+        num_bytes = 4 * math.ceil(self.vocab_size / 32)
+        packed = np.zeros((len(matchers), num_bytes), np.uint8)
+        places = [(matcher.ll_matcher, row) for row, matcher in enumerate(matchers)]
+        if matchers:  # the library refuses an empty list
+            self._executor.unsafe_compute_mask_ptr(
+                places, packed.ctypes.data, num_bytes, len(matchers)
+            )
+        return packed
 
     def _compile(self, json_schema: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, _grammar_text(json_schema), log_level=0)
@@ -60,31 +87,38 @@ class GrammarMatcher:
     """Where one sequence stands in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
+        self.ll_matcher = matcher
         self._vocab_size = vocab_size
 
     @property
     def is_finished(self) -> bool:
         """Whether the answer is whole and nothing can follow but the end."""
-        return bool(self._matcher.is_stopped())
+        return bool(self.ll_matcher.is_stopped())
 
     def allowed_tokens(self) -> NDArray[np.bool_]:
         """Return for every token id whether it may come next; the end only where all is closed."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._raise_if_broken()
+        bits = np.frombuffer(self.ll_matcher.compute_bitmask(), np.uint8)
+        self.raise_if_broken()
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def forced_tokens(self) -> list[int]:
+        """Return the tokens that must come next, all that are certain; they are not consumed."""
+        token_ids: list[int] = self.ll_matcher.compute_ff_tokens()
+        self.raise_if_broken()
+        return token_ids
 
     def consume(self, token_id: int) -> None:
         """Step over the token that was chosen."""
-        self._matcher.consume_token(token_id)
-        self._raise_if_broken()
+        self.ll_matcher.consume_token(token_id)
+        self.raise_if_broken()
 
-    def _raise_if_broken(self) -> None:
-        if self._matcher.is_error():
+    def raise_if_broken(self) -> None:
+        """Raise RowFailure where the grammar cannot follow its answer any more."""
+        if self.ll_matcher.is_error():
             # The library's own message quotes the answer, and the answer quotes the document.
             raise RowFailure(
                 "schema_violation",
-                f"the grammar cannot follow this answer ({self._matcher.stop_reason()}); "
+                f"the grammar cannot follow this answer ({self.ll_matcher.stop_reason()}); "
                 "a simpler task.schema may help",
             )
 

@@ -164,7 +164,8 @@ class ReferenceEngine:
         generates = [request for request in batch if isinstance(request, GenerateRequest)]
         scores = [request for request in batch if isinstance(request, ScoreRequest)]
         if generates:
-            finish_sequences(self._model, [self._new_sequence(request) for request in generates])
+            sequences = [self._new_sequence(request) for request in generates]
+            finish_sequences(self._model, self._grammars, sequences)
         if scores:
             answers = score_choices(self._model, scores, self._config)
             for request, answer in zip(scores, answers, strict=True):
