@@ -1,0 +1,74 @@
+"""What every decoder layer is made of: norm, linear map, rotation of heads, gated MLP."""
+
+# T tokens, D hidden size, I inner width of an MLP, O output size, H heads, A head size, F half of A
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from granite_ray.model.workspace import Workspace
+
+
+class RMSNorm(nn.Module):
+    """Scale each token to unit mean square in float32, then by a weight in the model's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, eps=self.eps)
+        return normed_TD.to(x_TD.dtype) * self.weight
+
+
+class Linear(nn.Module):
+    """Multiply by a weight, into a given buffer if there is one."""
+
+    def __init__(self, input_size: int, output_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size))
+
+    def forward(self, x_TD: torch.Tensor, out_TO: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(x_TD, self.weight.t(), out=out_TO)
+
+
+class GatedMLP(nn.Module):
+    """The MLP that every token passes; rows of the first weight: gate half, then up half."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.input_linear = Linear(hidden_size, 2 * mlp_size)
+        self.output_linear = Linear(mlp_size, hidden_size)
+
+    def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        num_tokens, inner_size = len(x_TD), self.output_linear.weight.shape[1]
+        gate_up = workspace.take("mlp_gate_up", (num_tokens, 2 * inner_size), x_TD)
+        inner_TI = workspace.take("mlp_inner", (num_tokens, inner_size), x_TD)
+        out_TD = workspace.take("mlp_out", tuple(x_TD.shape), x_TD)
+        activate(self.input_linear(x_TD, gate_up), inner_TI)
+        self.output_linear(inner_TI, out_TD)
+        return out_TD
+
+
+def activate(gate_up: torch.Tensor, inner_TI: torch.Tensor) -> None:
+    """Write silu(gate) * up; overwrites the gate half."""
+    gate_TI, up_TI = gate_up.chunk(2, dim=-1)
+    torch.mul(F.silu(gate_TI, inplace=True), up_TI, out=inner_TI)
+
+
+def rotation_tables(
+    positions_T: torch.Tensor, theta: float, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of each token's angles, found in float32: [T, 1, F] each."""
+    exponents_F = torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim
+    angles_TF = positions_T.float()[:, None] * (1.0 / theta**exponents_F)
+    return angles_TF.cos().to(dtype)[:, None], angles_TF.sin().to(dtype)[:, None]
+
+
+def rotate(heads_THA: torch.Tensor, cos_T1F: torch.Tensor, sin_T1F: torch.Tensor) -> None:
+    """Rotate heads in place; the partner of a dimension stands half a head further."""
+    first_THF, second_THF = heads_THA.chunk(2, dim=-1)
+    rotated_THF = (first_THF * cos_T1F).addcmul_(second_THF, sin_T1F, value=-1)
+    second_THF.mul_(cos_T1F).addcmul_(first_THF, sin_T1F)
+    first_THF.copy_(rotated_THF)
