@@ -26,12 +26,14 @@ class Sequence:
         num_prompt_tokens: Length of the prompt.
         max_num_tokens: The most tokens it can come to have, branches left out.
         junctions: Positions, ascending, up to which others begin in the same way.
-        is_interactive: Goes before those that are not.
+        is_interactive: Goes before those that are not. The scheduler sets it on one that others
+            have overtaken for long.
         branches: Token ids of each branch of a sequence that scores; none is empty.
         num_computed_tokens: Of `token_ids`, how many are in the cache.
         num_cached_tokens: Of the prompt, how many were found in the cache at first admission.
         num_scored_branches: Of `branches`, how many are done, the first ones first.
-        block_table: Block ids of the computed and scheduled tokens, in order.
+        block_table: Block ids of all its tokens, in order; none while it waits.
+        block_digests: Of each full block, as far as known, the digest of all tokens up to its end.
         state_slot: Its Mamba state, -1 where it has none.
         num_preemptions: How often its blocks were taken back.
     """
@@ -49,6 +51,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_scored_branches: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
     state_slot: int = -1
     num_preemptions: int = 0
 
@@ -76,6 +79,11 @@ class ScheduledSequence:
         """Whether the step reaches the sequence's last known token, or goes along branches."""
         return bool(self.branches) or self.num_tokens == self.sequence.num_uncomputed_tokens
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token, a cached one before it, and no branch."""
+        return self.num_tokens == 1 and self.sequence.num_computed_tokens > 0 and not self.branches
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -92,10 +100,5 @@ class StepPlan:
 
     @property
     def num_decodes(self) -> int:
-        """How many stand at the front with one token, a cached one before it, and no branches."""
-        return sum(map(_is_decode, self.scheduled))
-
-
-def _is_decode(scheduled: ScheduledSequence) -> bool:
-    is_later = scheduled.sequence.num_computed_tokens > 0
-    return scheduled.num_tokens == 1 and is_later and not scheduled.branches
+        """How many decodes stand at the front; to be asked before the plan is completed."""
+        return sum(scheduled.is_decode for scheduled in self.scheduled)
