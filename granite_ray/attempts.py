@@ -24,7 +24,11 @@ MAX_DEATHS_IN_A_ROW = 20
 
 @dataclass(slots=True)
 class _ShardJournal:
-    """What is known of one shard: where it runs now, and the deaths charged to it."""
+    """What is known of one shard: where it runs now, and the deaths charged to it.
+
+    `is_inside` says that a death of its replica is charged to it: also while its table is built,
+    which can take all memory just as well.
+    """
 
     node_id: str | None = None
     is_inside: bool = False
@@ -57,11 +61,14 @@ class Journal:
     def __init__(self, is_node_alive: Callable[[str], bool]) -> None:
         self._is_node_alive = is_node_alive
         self._running: set[str] = set()
+        self._in_engine: set[str] = set()
         self._shards: dict[str, _ShardJournal] = {}
         self._counts: dict[tuple[str, int], LiveCounts] = {}
+        self._num_steps: dict[tuple[str, int], int] = {}
         self._start_error: GraniteRayError | None = None
         self._num_signs = 0
         self._deaths_in_a_row = 0
+        self._last_words = ""
         self._is_draining = False
 
     def begin(self, shard_id: str, node_id: str) -> Attempt:
@@ -70,6 +77,7 @@ class Journal:
         Raises:
             InfrastructureError: If workers die one after the other, or too many of this shard.
         """
+        self._in_engine.discard(shard_id)
         if self._is_draining:
             self._running.discard(shard_id)
             return Attempt("skip")
@@ -92,38 +100,64 @@ class Journal:
         if self._deaths_in_a_row > MAX_DEATHS_IN_A_ROW:
             raise InfrastructureError(
                 f"Workers died {self._deaths_in_a_row} times in a row, with no document answered "
-                "between. Look at the workers' logs; the job can be resumed."
+                f"between.{self._last_words} Look at the workers' logs; the job can be resumed."
             )
         if journal.num_deaths > MAX_SHARD_DEATHS:
             raise InfrastructureError(
-                f"Shard {shard_id} killed its worker {journal.num_deaths} times. Look at the "
-                "workers' logs; the job can be resumed."
+                f"Shard {shard_id} killed its worker {journal.num_deaths} times."
+                f"{self._last_words} Look at the workers' logs; the job can be resumed."
             )
 
     def enter(self, shard_id: str) -> None:
         """Note that a shard has its place in a replica; one that still waits kills no worker."""
         self._num_signs += 1
         self._shards[shard_id].is_inside = True
+        if shard_id in self._running:  # a lost node may speak up after another has ended its shard
+            self._in_engine.add(shard_id)
 
     def begin_document(self, shard_id: str, position: int | None) -> None:
         """Note which document of a shard runs alone now; None after its last."""
         self._num_signs += 1
         self._shards[shard_id].document = position
 
+    def leave(self, shard_id: str) -> None:
+        """Note that a shard has all its answers: until it ends, no step of an engine is due."""
+        self._num_signs += 1
+        self._in_engine.discard(shard_id)
+
     def end(self, shard_id: str) -> None:
         """Note that a shard's answers are complete or given up: what dies now is not its fault."""
         self._num_signs += 1
+        self._in_engine.discard(shard_id)
         if shard_id in self._running:
             self._running.remove(shard_id)
             self._shards[shard_id].is_inside = False
 
-    def report(self, replica_id: str, process_id: int, counts: Mapping[str, int]) -> None:
-        """Take over the counts of a replica's process; that it reports is a sign of life."""
+    def report(
+        self, replica_id: str, process_id: int, counts: Mapping[str, int], num_steps: int
+    ) -> None:
+        """Take over the counts of a replica's process, and how many steps its engine has made.
+
+        That it reports is a sign of life while no shard is in an engine: to read the first may
+        take long. From then on only progress is, for a process that stands still altogether would
+        hide behind another that reports and has nothing to do.
+        """
+        process, now = (replica_id, process_id), LiveCounts(**counts)
+        before = self._counts.get(process)
+        if not self._in_engine or (now, num_steps) != (before, self._num_steps.get(process)):
+            self._num_signs += 1
+        self._counts[process], self._num_steps[process] = now, num_steps
+        if now.prompt_tokens > (before or LiveCounts()).prompt_tokens:
+            self._deaths_in_a_row, self._last_words = 0, ""
+
+    def show_life(self) -> None:
+        """Note that a commit is at work: a sign of life under the same condition as a report."""
+        self._num_signs += not self._in_engine
+
+    def give_up(self, cause: str) -> None:
+        """Note why a replica ends itself: its process keeps no other word than its log."""
         self._num_signs += 1
-        before = self._counts.get((replica_id, process_id), LiveCounts())
-        self._counts[replica_id, process_id] = LiveCounts(**counts)
-        if counts["prompt_tokens"] > before.prompt_tokens:
-            self._deaths_in_a_row = 0
+        self._last_words = f" The last that could tell said: {cause.rstrip('.')}."
 
     def cannot_start(self, error: GraniteRayError) -> None:
         """Note why a replica could not start: of a dead actor's error Ray keeps the text alone."""
@@ -134,7 +168,7 @@ class Journal:
         self._is_draining = True
 
     def state(self) -> dict[str, Any]:
-        """Return counts of all replicas, signs of life so far, and the number of running shards."""
+        """Return counts of all replicas, signs of life so far, and how many shards are where."""
         totals = LiveCounts()
         for counts in self._counts.values():
             totals += counts
@@ -143,6 +177,7 @@ class Journal:
             "counts": asdict(totals),
             "num_signs": self._num_signs,
             "num_running": len(self._running),
+            "num_in_engine": len(self._in_engine),
             "num_deaths": deaths,
             "replicas": len({replica_id for replica_id, _ in self._counts}),
             "start_error": self._start_error,

@@ -165,7 +165,7 @@ class Watchdog:
 
         Raises:
             ConfigError: If a replica could not start, and will not the next time either.
-            InfrastructureError: If it does not answer, or no replica has shown a sign of life.
+            InfrastructureError: If it does not answer, or nothing moves.
         """
         self._last_look = time.monotonic()
         if not self._is_answered():
@@ -180,13 +180,35 @@ class Watchdog:
             raise self._state["start_error"]
         if self._state["num_signs"] != self._num_signs:
             self._num_signs, self._last_sign = self._state["num_signs"], time.monotonic()
-        elif time.monotonic() - self._last_sign > self._timeout_s:
+        elif time.monotonic() - self._last_sign > self._patience_s:
             raise InfrastructureError(
-                f"No replica has shown a sign of life for {self._timeout_s:g} s "
-                f"(job.scheduling_timeout_s). The cluster has {_resources()}. Look at the workers' "
-                "logs; run again to resume."
+                f"{self._silence()} The cluster has {_resources()}. Look at the workers' logs; run "
+                "again to resume, with a larger job.scheduling_timeout_s if it was only slow."
             )
         return self._state
+
+    @property
+    def _patience_s(self) -> float:
+        """Twice the time-out where an engine has work.
+
+        A replica gets it once to find out by itself that its engine hangs, and once more until
+        another has taken its place.
+        """
+        return self._timeout_s * (2 if self._state["num_in_engine"] else 1)
+
+    def _silence(self) -> str:
+        """Say what has been missing, and for how long."""
+        waited = f"for {self._patience_s:g} s"
+        if self._state["num_in_engine"]:
+            return (
+                f"No progress {waited} (twice job.scheduling_timeout_s), with shards in an engine "
+                f"({self._state['num_in_engine']}): a replica hangs, or was lost and none took its "
+                "place."
+            )
+        waited += " (job.scheduling_timeout_s)"
+        if self._state["replicas"]:
+            return f"No replica has shown a sign of life {waited}: they still load, or are gone."
+        return f"No replica has been placed {waited}: there is no room for one, or Ray starts none."
 
     def _is_answered(self) -> bool:
         """Ask the journal, and knock at the control store, without which actors still talk."""

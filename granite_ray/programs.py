@@ -5,8 +5,8 @@ Decides what runs beside what; knows nothing of where documents come from or row
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,24 +113,49 @@ async def _gather(programs: Sequence[Awaitable[Result]]) -> list[Result]:
 
 
 class CountingLLM:
-    """An engine as one shard sees it; counts the calls made for it."""
+    """An engine as one shard, or a whole replica, sees it; counts calls, and those in flight."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self.num_calls = 0
+        self.num_in_flight = 0
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
     ) -> Completion:
-        self.num_calls += 1
-        return await self._llm.generate(prompt, sampling, grammar)
+        with self._counted():
+            return await self._llm.generate(prompt, sampling, grammar)
 
     async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
-        self.num_calls += 1
-        return await self._llm.score(prompt, choices)
+        with self._counted():
+            return await self._llm.score(prompt, choices)
 
     def count(self, text: str) -> int:
         return self._llm.count(text)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.num_calls += 1
+        self.num_in_flight += 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+
+
+class StallWatch:
+    """Knows when an engine hangs: calls are in flight, and its steps stand still for too long."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._num_steps = -1
+        self._moved_at = 0.0
+
+    def look(self, now: float, num_calls_in_flight: int, num_steps: int) -> bool:
+        """Return whether the engine hangs, by what is seen now and was seen before."""
+        if not num_calls_in_flight or num_steps != self._num_steps:
+            self._num_steps, self._moved_at = num_steps, now
+        return now - self._moved_at > self._timeout_s
 
 
 class ReplicaGate:

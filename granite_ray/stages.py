@@ -6,7 +6,9 @@ it, nor merge it with another, nor drop it because it is empty, nor guess its ty
 
 import json
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +32,9 @@ from granite_ray.prepare import prepare_shard
 from granite_ray.records import Shard, ShardPart
 from granite_ray.tasks import TaskLimits
 from granite_ray.tokenizer import Tokenizer, load_tokenizer
+
+BEAT_S = 1.0
+"""How often a commit shows that it is at work."""
 
 MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
 """Builds the engine of one replica, in the replica's own process; see `factory.make_engine`."""
@@ -137,6 +142,13 @@ def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
     if not block["answered"][0].is_valid:
         return _committed(None, None)
     work = ShardWork.from_json(block["work"][0].as_py())
+    with _shown_life(journal):
+        committed = _commit(block, work, context)
+    ray.get(journal.end.remote(work.shard.shard_id))
+    return committed
+
+
+def _commit(block: pa.Table, work: ShardWork, context: StageContext) -> pa.Table:
     answered, reused = unpack(block["answered"]), unpack(block["reused"])
     rows = join_rows(answered, reused)
     record = CommitRecord(
@@ -155,12 +167,27 @@ def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
     sink = storages(context.config.sink.path)
     check_unchanged(storages(context.source_root), work.shard.parts)
     record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
-    ray.get(journal.end.remote(record.shard_id))
     path = file_path(record.shard_id, tag, record.revision)
     num_retries = block["num_retries"][0].as_py() + storages.num_retries
     return _committed(
         path, json.dumps(asdict(record)), block["model_calls"][0].as_py(), num_retries
     )
+
+
+@contextmanager
+def _shown_life(journal: Any) -> Iterator[None]:
+    """Show life meanwhile: after the last answer the replicas are gone, and no other does it."""
+    is_done = threading.Event()
+
+    def beat() -> None:
+        while not is_done.wait(BEAT_S):
+            journal.show_life.remote()
+
+    threading.Thread(target=beat, name="beat", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_done.set()
 
 
 def _committed(

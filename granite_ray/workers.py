@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
@@ -22,13 +23,22 @@ from granite_ray.errors import GraniteRayError, InfrastructureError
 from granite_ray.io.reuse import POSITION
 from granite_ray.io.sinks import result_table
 from granite_ray.prepare import documents_of
-from granite_ray.programs import Attempt, CountingLLM, ReplicaGate, ShardWatch, run_programs
+from granite_ray.programs import (
+    Attempt,
+    CountingLLM,
+    ReplicaGate,
+    ShardWatch,
+    StallWatch,
+    run_programs,
+)
 from granite_ray.records import Result
 from granite_ray.stages import ShardWork, StageContext, local_checkpoint, pack, task_limits, unpack
 from granite_ray.tasks import make_task
 from granite_ray.tokenizer import load_tokenizer
 
 REPORT_INTERVAL_S = 1.0
+LAST_WORDS_S = 5.0
+"""How long a replica that ends itself tries to tell the journal why."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +53,7 @@ class ReplicaWorker:
         self.node_id = ray.get_runtime_context().get_node_id()
         self.replica_id = ray.get_runtime_context().get_actor_id()
         self.counts = LiveCounts()
-        self._report()  # it has its place; loading may take as long again
+        self._report(num_steps=0)  # it has its place; loading may take as long again
         try:
             self._load(context, num_threads)
         except Exception as error:
@@ -51,12 +61,16 @@ class ReplicaWorker:
             known = error if own else InfrastructureError(f"A replica could not start: {error!r}")
             ray.get(journal.cannot_start.remote(known))
             raise
-        threading.Thread(target=self._report_for_ever, name="report", daemon=True).start()
+        timeout_s = context.config.job.scheduling_timeout_s
+        threading.Thread(
+            target=self._watch_for_ever, args=(timeout_s,), name="watch", daemon=True
+        ).start()
 
     def _load(self, context: StageContext, num_threads: int | None) -> None:
         wait_passively()
         config, checkpoint = context.config, local_checkpoint(context)
         self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
+        self.llm = CountingLLM(self.engine)
         limits = task_limits(config, checkpoint)
         self.task = make_task(config.task, load_tokenizer(checkpoint.tokenizer_path), limits)
 
@@ -79,7 +93,7 @@ class ReplicaWorker:
     async def _answer(self, block: pa.Table, shard_id: str, attempt: Attempt) -> pa.Table:
         prepared = await asyncio.to_thread(unpack, block["prepared"])
         documents = await asyncio.to_thread(documents_of, prepared)
-        llm = CountingLLM(self.engine)
+        llm = CountingLLM(self.llm)
         watch = ShardWatch(
             partial(self.journal.enter.remote, shard_id),
             partial(self.journal.begin_document.remote, shard_id),
@@ -88,7 +102,8 @@ class ReplicaWorker:
         try:
             results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
         except InfrastructureError as error:
-            _die(error)
+            await asyncio.to_thread(self._die, error)
+        self.journal.leave.remote(shard_id)
         rows = await asyncio.to_thread(result_table, prepared, results, self.schema)
         answered = rows.append_column(POSITION, prepared[POSITION])
         return (
@@ -102,16 +117,37 @@ class ReplicaWorker:
         failed = int(result.error is not None)
         self.counts += LiveCounts(1, failed, result.num_prompt_tokens, result.num_completion_tokens)
         if at_once:
-            self._report()
+            self._report(self.engine.num_steps)
 
-    def _report_for_ever(self) -> None:
-        """Show life also while no shard is here: reading the first may take long."""
+    def _watch_for_ever(self, timeout_s: float) -> None:
+        """Show life, also while no shard is here, and end where the engine shows none."""
+        watch = StallWatch(timeout_s)
         while True:
             time.sleep(REPORT_INTERVAL_S)
-            self._report()
+            num_calls, num_steps = self.llm.num_in_flight, self.engine.num_steps
+            self._report(num_steps)
+            if watch.look(time.monotonic(), num_calls, num_steps):
+                self._die(
+                    InfrastructureError(
+                        f"The engine hangs: {num_calls} calls are in flight, and it has made no "
+                        f"step for {timeout_s:g} s (job.scheduling_timeout_s)."
+                    )
+                )
 
-    def _report(self) -> None:
-        self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts))
+    def _report(self, num_steps: int) -> None:
+        self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts), num_steps)
+
+    def _die(self, error: InfrastructureError) -> NoReturn:
+        """End this process, whose engine is broken: Ray replaces it, the journal counts the death.
+
+        An exception would end the job; Ray retries only what dies.
+        """
+        logger.critical("engine broken, replica ends error=%s", error, exc_info=error)
+        told = self.journal.give_up.remote(str(error)).future()
+        with suppress(ray.exceptions.RayError, TimeoutError):
+            told.result(LAST_WORDS_S)
+        logging.shutdown()
+        os._exit(1)
 
 
 def wait_passively() -> None:
@@ -120,13 +156,3 @@ def wait_passively() -> None:
     They spin by default, which on busy cores makes one batch take twenty times as long as another.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _die(error: InfrastructureError) -> NoReturn:
-    """End this process, whose engine is broken: Ray replaces it, and the journal counts the death.
-
-    An exception would end the job; Ray retries only what dies.
-    """
-    logger.critical("engine broken, replica ends error=%s", error, exc_info=error)
-    logging.shutdown()
-    os._exit(1)

@@ -89,6 +89,10 @@ class _ReplacingEngine:
         self._inner = inner
         self.num_calls = 0
 
+    @property
+    def num_steps(self) -> int:
+        return self._inner.num_steps
+
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
     ) -> Completion:
@@ -105,6 +109,10 @@ class TracedEngine:
         self._decode = decode
         self._folder = folder
         self.num_calls = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self._inner.num_steps
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None

@@ -165,7 +165,7 @@ class JobSection(Section):
     grace_s: float = Field(default=30.0, ge=0)
     """Seconds that shards in flight get to finish after SIGTERM or SIGINT."""
     scheduling_timeout_s: float = Field(default=300.0, gt=0)
-    """Seconds to wait for resources, and for any sign of life of a replica."""
+    """Seconds to wait for resources, for a replica to load, and for any one step of its engine."""
     ray_address: str | None = None
     """Ray cluster to join, such as `auto`; without it RAY_ADDRESS, else a local Ray for the job."""
 

@@ -14,6 +14,8 @@ class Engine(LLM, Protocol):
 
     num_calls: int
     """Calls of `generate` and `score` that reached the model."""
+    num_steps: int
+    """Grows while the engine gets on with a call: calls in flight and no growth mean it hangs."""
 
     def shutdown(self) -> None:
         """End within a bounded time; whoever waits, and later calls, get InfrastructureError."""

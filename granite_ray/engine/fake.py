@@ -34,6 +34,8 @@ SCORE_RANGE = 6.0
 
 CREDIT_S = 0.01
 """Lateness of timers that later answers make up for."""
+STEP_S = 1.0
+"""How often a call that takes its time shows that it is alive."""
 
 
 class FakeEngine:
@@ -43,6 +45,7 @@ class FakeEngine:
         self, tokenizer: Tokenizer, max_model_len: int, tokens_per_s: float | None
     ) -> None:
         self.num_calls = 0
+        self.num_steps = 0
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._tokens_per_s = tokens_per_s
@@ -118,14 +121,20 @@ class FakeEngine:
     async def _take_time(self, num_tokens: int) -> None:
         """Wait until this call's tokens are through, at one speed for all calls together.
 
-        Calls queue on a clock of absolute deadlines, so a late timer delays nobody else.
+        Calls queue on a clock of absolute deadlines, so a late timer delays nobody else. Who
+        waits for long counts steps meanwhile.
         """
-        if self._tokens_per_s is None:
-            await asyncio.sleep(0)
-            return
-        now = asyncio.get_running_loop().time()
-        self._free_at = max(self._free_at, now - CREDIT_S) + num_tokens / self._tokens_per_s
-        await asyncio.sleep(self._free_at - now)
+        clock = asyncio.get_running_loop().time
+        now = ends_at = clock()
+        if self._tokens_per_s is not None:
+            ends_at = max(self._free_at, now - CREDIT_S) + num_tokens / self._tokens_per_s
+            self._free_at = ends_at
+        while True:
+            await asyncio.sleep(min(ends_at - now, STEP_S))
+            self.num_steps += 1
+            now = clock()
+            if now >= ends_at:
+                return
 
 
 def _number(prompt: Prompt, salt: bytes = b"") -> int:

@@ -8,6 +8,17 @@ from granite_ray.errors import ConfigError, InfrastructureError
 NODE = "node"
 
 
+def counts(
+    documents: int = 0, failed: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0
+) -> dict[str, int]:
+    return {
+        "documents": documents,
+        "failed": failed,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+    }
+
+
 def start(alive: bool = True) -> Journal:
     return Journal(lambda _: alive)
 
@@ -22,8 +33,7 @@ def die(journal: Journal, shard_id: str, document: int | None = None) -> None:
 
 def answer_documents(journal: Journal, number: int) -> None:
     """A replica has answered so many documents by now."""
-    counts = {"documents": number, "failed": 0, "prompt_tokens": number, "completion_tokens": 0}
-    journal.report("replica", 1, counts)
+    journal.report("replica", 1, counts(documents=number, prompt_tokens=number), 0)
 
 
 def test_a_shard_is_tried_together_then_alone_then_one_document_at_a_time() -> None:
@@ -152,10 +162,10 @@ def test_an_end_that_is_told_twice_or_of_an_unknown_shard_changes_nothing() -> N
 
 def test_counts_are_summed_over_processes_and_replicas_counted_once() -> None:
     journal = start()
-    journal.report("a", 1, counts(documents=3, prompt_tokens=10))
-    journal.report("b", 2, counts(documents=4, failed=1))
-    journal.report("a", 1, counts(documents=5, prompt_tokens=20))
-    journal.report("a", 9, counts(documents=1, completion_tokens=7))
+    journal.report("a", 1, counts(documents=3, prompt_tokens=10), 0)
+    journal.report("b", 2, counts(documents=4, failed=1), 0)
+    journal.report("a", 1, counts(documents=5, prompt_tokens=20), 0)
+    journal.report("a", 9, counts(documents=1, completion_tokens=7), 0)
     state = journal.state()
     assert state["counts"] == counts(10, 1, 20, 7)
     assert state["replicas"] == 2
@@ -168,13 +178,131 @@ def test_whatever_a_replica_tells_is_a_sign_of_life() -> None:
         lambda: journal.begin("s", NODE),
         lambda: journal.enter("s"),
         lambda: journal.begin_document("s", 0),
-        lambda: journal.report("a", 1, counts()),
+        lambda: journal.report("a", 1, counts(), 0),
+        lambda: journal.leave("s"),
+        journal.show_life,
         lambda: journal.end("s"),
+        lambda: journal.give_up("it hangs"),
     ):
         tell()
         signs.append(journal.state()["num_signs"])
     assert signs == sorted(set(signs))
     assert journal.state()["num_signs"] == signs[-1]
+
+
+def are_signs(journal: Journal, *reports: tuple[str, dict[str, int], int]) -> list[bool]:
+    """For each report of a replica, whether it counts as a sign of life."""
+    found = []
+    for replica_id, live, num_steps in reports:
+        before = journal.state()["num_signs"]
+        journal.report(replica_id, 1, live, num_steps)
+        found.append(journal.state()["num_signs"] > before)
+    return found
+
+
+IDLE = ("idle", counts(), 0)
+
+
+def test_a_report_alone_is_a_sign_of_life_until_a_shard_is_in_an_engine() -> None:
+    journal = start()
+    assert are_signs(journal, IDLE, IDLE) == [True, True]
+    journal.begin("s", NODE)
+    assert are_signs(journal, IDLE, IDLE) == [True, True], "it still waits for its place"
+    journal.enter("s")
+    assert are_signs(journal, IDLE, IDLE) == [False, False]
+    assert journal.state()["num_in_engine"] == 1
+
+
+def test_from_then_on_steps_and_counts_and_a_new_replica_are_signs_of_life() -> None:
+    journal = start()
+    are_signs(journal, IDLE, ("busy", counts(), 7))
+    journal.begin("s", NODE)
+    journal.enter("s")
+    reports = [
+        ("busy", counts(), 7),
+        ("busy", counts(), 8),
+        IDLE,
+        ("busy", counts(documents=1), 8),
+        ("busy", counts(documents=1), 8),
+        ("new", counts(), 0),
+        ("new", counts(), 0),
+    ]
+    assert are_signs(journal, *reports) == [False, True, False, True, False, True, False]
+
+
+def test_a_shard_that_has_left_its_engine_may_take_long_to_be_committed() -> None:
+    journal = start()
+    for shard_id in ("s", "other"):
+        journal.begin(shard_id, NODE)
+        journal.enter(shard_id)
+    are_signs(journal, IDLE)
+    journal.leave("s")
+    assert are_signs(journal, IDLE) == [False], "the other is still in there"
+    journal.leave("other")
+    assert are_signs(journal, IDLE, IDLE) == [True, True]
+    assert journal.state()["num_running"] == 2
+
+
+def test_a_commit_at_work_does_not_hide_an_engine_that_hangs() -> None:
+    journal = start()
+    die(journal, "s")
+    before = journal.state()["num_signs"]
+    journal.show_life()
+    assert journal.state()["num_signs"] == before
+    journal.leave("s")
+    journal.show_life()
+    assert journal.state()["num_signs"] == before + 2
+
+
+def test_a_death_while_a_shard_s_table_is_built_is_charged_to_it() -> None:
+    journal = start()
+    for mode in ("together", "alone", "one_by_one"):
+        assert journal.begin("s", NODE).mode == mode
+        journal.enter("s")
+        journal.leave("s")
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_shard_of_a_lost_replica_is_in_no_engine_from_its_next_beginning_on(alive: bool) -> None:
+    journal = start(alive)
+    die(journal, "s")
+    are_signs(journal, IDLE)
+    assert are_signs(journal, IDLE) == [False], "somebody must take it up in time"
+    journal.begin("s", NODE)
+    assert are_signs(journal, IDLE) == [True]
+
+
+def test_neither_a_skipped_shard_nor_one_that_ended_is_in_an_engine() -> None:
+    journal = start()
+    die(journal, "skipped")
+    die(journal, "ended")
+    journal.drain()
+    journal.begin("skipped", NODE)
+    journal.end("ended")
+    journal.enter("ended")  # its first replica was cut off, and comes back
+    assert journal.state()["num_in_engine"] == 0
+    assert are_signs(journal, IDLE, IDLE) == [True, True]
+
+
+def test_the_end_of_a_job_names_what_the_last_replica_said_of_its_end() -> None:
+    journal = start()
+    for _ in range(MAX_DEATHS_IN_A_ROW + 1):
+        die(journal, "s")
+    journal.give_up("The engine hangs.")
+    with pytest.raises(
+        InfrastructureError, match=r"between\. The last .* said: The engine hangs\. L"
+    ):
+        journal.begin("s", NODE)
+
+
+def test_an_answer_makes_old_last_words_void() -> None:
+    journal = start()
+    journal.give_up("It has lost its way")
+    answer_documents(journal, 1)
+    for _ in range(MAX_DEATHS_IN_A_ROW + 1):
+        die(journal, "s")
+    with pytest.raises(InfrastructureError, match=r"between\. Look"):
+        journal.begin("s", NODE)
 
 
 def test_why_a_replica_could_not_start_is_told_on() -> None:
@@ -183,14 +311,3 @@ def test_why_a_replica_could_not_start_is_told_on() -> None:
     error = ConfigError("engine.device is cuda, but there is none")
     journal.cannot_start(error)
     assert journal.state()["start_error"] is error
-
-
-def counts(
-    documents: int = 0, failed: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0
-) -> dict[str, int]:
-    return {
-        "documents": documents,
-        "failed": failed,
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-    }

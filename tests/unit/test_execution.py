@@ -1,6 +1,8 @@
 """How an error of a stage, of a replica or of Ray itself reaches the driver, on a real Ray."""
 
 import os
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import ray
 
 from granite_ray import run_job
+from granite_ray.attempts import close_journal, start_journal
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.cluster import Cluster
 from granite_ray.config import EngineConfig, JobSection, ModelConfig
@@ -23,7 +26,7 @@ from granite_ray.errors import (
     LeaseError,
     StorageError,
 )
-from granite_ray.execution import first_line, own_error
+from granite_ray.execution import Watchdog, first_line, own_error
 from granite_ray.io.storage import Storage, open_storage
 from tests.corpus import make_config, write_corpus
 from tests.invariants import report_of
@@ -106,6 +109,75 @@ def test_a_first_line_is_free_of_colors_and_never_empty() -> None:
         "ray::stage() broke"
     )
     assert first_line(TimeoutError()) == "TimeoutError"
+
+
+# silence ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def journal() -> Iterator[Any]:
+    started = start_journal()
+    yield started
+    close_journal(started)
+
+
+def report(journal: Any) -> None:
+    """A replica reports that it has done nothing new."""
+    counts = {"documents": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    journal.report.remote("idle", 1, counts, 0)
+
+
+def watch(journal: Any, timeout_s: float, for_s: float, *, with_reports: bool) -> None:
+    watchdog, started = Watchdog(journal, timeout_s), time.monotonic()
+    while time.monotonic() - started < for_s:
+        if with_reports:
+            report(journal)
+        watchdog.look()
+        time.sleep(0.02)
+
+
+def end_of_watch(journal: Any, *, with_reports: bool) -> str:
+    """What a watchdog says in the end, that waits for half a second."""
+    with pytest.raises(InfrastructureError) as stop:
+        watch(journal, 0.5, 60, with_reports=with_reports)
+    words = str(stop.value)
+    assert "job.scheduling_timeout_s" in words
+    assert "The cluster has 6 CPU" in words
+    assert "run again to resume" in words
+    return words
+
+
+def test_a_run_without_a_replica_says_that_none_was_placed(journal: Any) -> None:
+    assert end_of_watch(journal, with_reports=False).startswith(
+        "No replica has been placed for 0.5 s"
+    )
+
+
+def test_a_run_whose_replicas_fall_silent_says_so(journal: Any) -> None:
+    report(journal)
+    assert end_of_watch(journal, with_reports=False).startswith(
+        "No replica has shown a sign of life for 0.5 s"
+    )
+
+
+def test_a_shard_that_stands_still_in_an_engine_ends_the_run_though_another_replica_reports(
+    journal: Any,
+) -> None:
+    journal.begin.remote("s", "node")
+    journal.enter.remote("s")
+    started = time.monotonic()
+    words = end_of_watch(journal, with_reports=True)
+    assert time.monotonic() - started > 1.0
+    assert words.startswith("No progress for 1 s (twice job.scheduling_timeout_s), with shards in")
+    assert "(1): a replica hangs" in words
+
+
+def test_replicas_that_report_may_wait_for_shards_and_for_uploads(journal: Any) -> None:
+    watch(journal, 0.5, 1.5, with_reports=True)
+    journal.begin.remote("s", "node")
+    journal.enter.remote("s")
+    journal.leave.remote("s")
+    watch(journal, 0.5, 1.5, with_reports=True)
 
 
 # whole jobs ──────────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from granite_ray.programs import (
     CountingLLM,
     ReplicaGate,
     ShardWatch,
+    StallWatch,
     run_programs,
 )
 from granite_ray.records import LLM, Chunk, Completion, Document, Prompt, Result, RowError
@@ -407,6 +408,56 @@ def test_a_shard_tells_that_it_entered_only_when_it_has_its_place() -> None:
         return [*before, "left", *told.events]
 
     assert run(program()) == ["left", "enter"]
+
+
+def test_calls_in_flight_are_those_not_yet_answered_cancelled_or_failed() -> None:
+    async def program() -> list[int]:
+        asked = Asked()
+        replica = CountingLLM(asked)
+        shards = [CountingLLM(replica), CountingLLM(replica)]
+        calls = [
+            asyncio.ensure_future(shard.score(Prompt((1,)), [(2,)])) for shard in (*shards, *shards)
+        ]
+        await settle()
+        seen = [replica.num_in_flight]
+        asked.waiting[0].set_result([0.0])
+        asked.waiting[1].set_exception(RowFailure("too_long", "no"))
+        calls[2].cancel()
+        await asyncio.gather(*calls[:3], return_exceptions=True)
+        seen.append(replica.num_in_flight)
+        asked.waiting[3].set_result([0.0])
+        await calls[3]
+        return [*seen, replica.num_in_flight, shards[0].num_calls, replica.num_calls]
+
+    assert run(program()) == [4, 1, 0, 2, 4]
+
+
+class Asked(Silent):
+    """An engine whose answers the test gives."""
+
+    def __init__(self) -> None:
+        self.waiting: list[asyncio.Future[list[float]]] = []
+
+    async def score(self, *_: Any) -> list[float]:
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        return await self.waiting[-1]
+
+
+def test_an_engine_hangs_when_calls_are_in_flight_and_no_step_is_made_for_too_long() -> None:
+    watch = StallWatch(10)
+    assert not watch.look(1000.0, num_calls_in_flight=3, num_steps=5)
+    assert not watch.look(1009.0, num_calls_in_flight=1, num_steps=5)
+    assert not watch.look(1010.0, num_calls_in_flight=1, num_steps=5)
+    assert watch.look(1010.1, num_calls_in_flight=1, num_steps=5)
+
+
+def test_an_engine_that_steps_at_times_or_has_nothing_to_do_does_not_hang() -> None:
+    watch = StallWatch(10)
+    for second in range(0, 200, 5):
+        assert not watch.look(float(second), num_calls_in_flight=1, num_steps=second // 10)
+    for second in range(200, 400, 5):
+        assert not watch.look(float(second), num_calls_in_flight=0, num_steps=20)
+    assert not watch.look(405.0, num_calls_in_flight=1, num_steps=20), "the call has just begun"
 
 
 def test_calls_are_counted_for_each_shard_apart() -> None:

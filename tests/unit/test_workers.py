@@ -53,7 +53,7 @@ class BreakingEngines:
 class BrokenEngine:
     """An engine that is dead while its process lives."""
 
-    num_calls = 0
+    num_calls = num_steps = 0
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner

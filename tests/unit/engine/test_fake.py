@@ -125,6 +125,25 @@ def test_after_shutdown_calls_are_refused(fake):
         answer(fake, PROMPT, SamplingParams(9))
 
 
+def test_steps_grow_with_each_call_and_while_a_call_takes_its_time(moe, fake, start_engine):
+    answer(fake, PROMPT, SamplingParams(9))
+    asyncio.run(fake.score(PROMPT, [(1,)]))
+    assert fake.num_steps == 2
+    slow = start_engine(moe, backend="fake", fake_tokens_per_s=90)
+
+    async def seen():
+        started, call = time.monotonic(), asyncio.create_task(slow.score(PROMPT, [(1,)]))
+        await asyncio.sleep(1.5)
+        half_way = slow.num_steps
+        await call
+        return half_way, slow.num_steps, time.monotonic() - started
+
+    half_way, at_end, took_s = asyncio.run(seen())
+    assert half_way >= 1
+    assert at_end >= 4
+    assert took_s == pytest.approx(301 / 90, abs=0.5)
+
+
 @pytest.mark.parametrize("in_flight", [1, 8, 200])
 def test_five_hundred_documents_a_second_come_out_as_that(moe, start_engine, in_flight):
     num_documents = 250

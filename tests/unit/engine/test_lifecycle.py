@@ -17,8 +17,8 @@ class Watched:
     """A model that can be held, and that breaks as told when a batch has too many rows."""
 
     def __init__(self, model, error=None, max_rows=10**6):
-        self.model, self.error, self.max_rows = model, error, max_rows
-        self.config, self.device = model.config, model.device
+        self.whole, self.error, self.max_rows = model, error, max_rows
+        self.model, self.config, self.device = model.model, model.config, model.device
         self.row_counts = []
         self.is_entered, self.may_step = threading.Event(), threading.Event()
         self.may_step.set()
@@ -29,7 +29,7 @@ class Watched:
         self.row_counts.append(len(input_ids))
         if len(input_ids) > self.max_rows:
             raise self.error
-        return self.model(input_ids=input_ids, **keywords)
+        return self.whole(input_ids=input_ids, **keywords)
 
     async def hold(self, engine):
         """Hold the engine in a request of its own, so that what follows waits together."""

@@ -129,6 +129,17 @@ def test_calls_that_reach_the_model_are_counted(moe, start_engine):
     assert engine.num_calls == 2
 
 
+def test_every_layer_of_every_forward_pass_is_a_step(checkpoint, start_engine):
+    engine = start_engine(checkpoint)
+    num_layers = load_plain(checkpoint.path).config.num_hidden_layers
+    [prompt] = prompts([9])
+    asyncio.run(engine.score(prompt, [(30,), (31,)]))
+    assert engine.num_steps == num_layers, "one prefill"
+    answer = asyncio.run(engine.generate(prompt, SamplingParams(5)))
+    num_passes = answer.num_completion_tokens + (answer.finish_reason == "stop")
+    assert engine.num_steps == num_layers * (1 + num_passes)
+
+
 def test_plain_text_is_counted_with_control_tokens_off(moe, start_engine, tokenizer):
     text = "a quick <|start_of_role|> fox"
     assert start_engine(moe).count(text) == len(tokenizer.encode_text(text))
