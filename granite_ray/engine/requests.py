@@ -20,6 +20,7 @@ class GenerateRequest:
     prompt: Prompt
     sampling: SamplingParams
     grammar: Grammar | None = None
+    is_interactive: bool = False
     future: Future[Completion] = field(default_factory=Future)
 
     @property
@@ -34,6 +35,7 @@ class ScoreRequest:
 
     prompt: Prompt
     choices: Sequence[tuple[int, ...]]
+    is_interactive: bool = False
     future: Future[list[float]] = field(default_factory=Future)
 
     @property

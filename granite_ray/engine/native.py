@@ -1,0 +1,210 @@
+"""Our own engine's core: schedule → build and forward → sample → append, step after step.
+
+The scheduler knows integers, the runner tensors, continuations and weighings text and answers;
+here they meet.
+"""
+
+import itertools
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from granite_ray.checkpoint import Checkpoint
+from granite_ray.config import EngineConfig, ModelConfig
+from granite_ray.engine.cache import Cache
+from granite_ray.engine.canary import check_model
+from granite_ray.engine.continuation import Continuation
+from granite_ray.engine.front import EngineFront
+from granite_ray.engine.grammar import GrammarCompiler
+from granite_ray.engine.loading import DUMMY_SEED, choose_device
+from granite_ray.engine.requests import GenerateRequest, Request
+from granite_ray.engine.runner import Runner, num_logits_rows
+from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks, read_logprobs
+from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
+from granite_ray.engine.sequence import ScheduledSequence, Sequence
+from granite_ray.engine.sizing import cache_budget, size_cache
+from granite_ray.engine.weighing import Weighing
+from granite_ray.model.architecture import read_architecture
+from granite_ray.model.state import allocate_state
+from granite_ray.model.weights import dummy_model, load_weights
+from granite_ray.tokenizer import Tokenizer
+
+MAX_BRANCH_TOKENS = 512
+"""Bounds the logits of one step's branches: a token costs 0.4 MB at a vocabulary of 100,000."""
+
+logger = logging.getLogger(__name__)
+
+
+def load_native_engine(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    engine: EngineConfig,
+    num_threads: int | None,
+) -> EngineFront:
+    """Load the checkpoint, size its cache, check what it computes, and start its engine.
+
+    Raises:
+        ConfigError: The weights, the device or the memory do not do.
+        InfrastructureError: The model computes wrongly here.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    device = choose_device(engine.device)
+    architecture = read_architecture(checkpoint.config)
+    dtype = getattr(torch, architecture.dtype if model.dtype == "auto" else model.dtype)
+    if model.load_format == "dummy":
+        loaded = dummy_model(architecture, dtype=dtype, device=device, seed=DUMMY_SEED)
+    else:
+        loaded = load_weights(checkpoint.path, architecture, dtype=dtype, device=device)
+    budget = cache_budget(engine, device, num_threads)
+    size = size_cache(architecture, engine, checkpoint.max_model_len, dtype, budget)
+    state = allocate_state(
+        architecture, size.num_blocks, engine.block_size, size.num_slots, dtype, device
+    )
+    runner = Runner(loaded, state, engine.block_size)
+    check_model(
+        runner, engine.block_size, checkpoint.max_model_len, architecture.vocab_size, dtype
+    )
+    has_state = "mamba" in architecture.layer_types
+    scheduler = Scheduler(
+        SchedulerLimits(size.max_num_seqs, engine.max_num_batched_tokens, MAX_BRANCH_TOKENS),
+        Cache(size.num_blocks, engine.block_size, size.num_slots, has_state),
+    )
+    grammars = GrammarCompiler(
+        tokenizer.tokenizer_json, architecture.vocab_size, tokenizer.eos_token_ids
+    )
+    core = NativeCore(runner, scheduler, tokenizer, grammars)
+    return EngineFront(core, tokenizer, grammars, checkpoint.max_model_len)
+
+
+class NativeCore:
+    """Continuous batching over one model; see `Core` for what its methods promise."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._grammars = grammars
+        self._seq_ids = itertools.count()
+        self._continuations: dict[Sequence, Continuation] = {}
+        self._weighings: dict[Sequence, Weighing] = {}
+        self._masking = ThreadPoolExecutor(1, "masks")
+
+    @property
+    def num_steps(self) -> int:
+        """Layers run so far."""
+        return self._runner.num_steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is not finished."""
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Make a sequence of a request and let it wait its turn."""
+        prompt = request.prompt
+        sequence = Sequence(
+            seq_id=next(self._seq_ids),
+            token_ids=list(prompt.token_ids),
+            num_prompt_tokens=len(prompt.token_ids),
+            max_num_tokens=len(prompt.token_ids),
+            junctions=prompt.junctions,
+            is_interactive=request.is_interactive,
+        )
+        if isinstance(request, GenerateRequest):
+            continuation = self._start(request)
+            sequence.max_num_tokens += request.sampling.max_tokens
+            sequence.token_ids += continuation.take_forced_tokens()
+            if continuation.is_finished:  # the grammar allows one answer only
+                return
+            self._continuations[sequence] = continuation
+        else:
+            weighing = Weighing(request)
+            sequence.is_scoring = True
+            sequence.branches = tuple(branch.token_ids for branch in weighing.branches)
+            self._weighings[sequence] = weighing
+        self._scheduler.add(sequence)
+
+    def step(self) -> None:
+        """Compute one step and give what it brings to sequences and callers."""
+        self._drop_abandoned()
+        plan = self._scheduler.schedule()
+        if not plan.scheduled:
+            return
+        # Known only now: `complete` moves the sequences on.
+        takers = [(item, num_logits_rows(item)) for item in plan.scheduled if item.needs_logits]
+        sampled = [item.sequence for item in plan.scheduled if _is_sampled(item)]
+        continuations = [self._continuations[sequence] for sequence in sampled]
+        masks = self._masking.submit(compute_masks, continuations, self._grammars)
+        logits = self._runner.run(plan)  # the masks are computed meanwhile
+        self._scheduler.complete(plan)
+        rows = self._weigh(takers, logits)
+        if rows:
+            self._sample(sampled, logits[rows], masks.result())
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor, masks: TokenMasks) -> None:
+        """Let sequences grow by a token each, and by those that their grammars then force."""
+        continuations = [self._continuations[sequence] for sequence in sequences]
+        token_ids = choose_tokens(logits, continuations, masks)
+        logprobs = read_logprobs(logits, token_ids, continuations)
+        for sequence, continuation, token_id, logprob in zip(
+            sequences, continuations, token_ids, logprobs, strict=True
+        ):
+            continuation.num_cached_tokens = sequence.num_cached_tokens
+            continuation.append(token_id, logprob)
+            sequence.token_ids += [token_id, *continuation.take_forced_tokens()]
+            if continuation.is_finished:
+                self._finish(sequence)
+
+    def _drop_abandoned(self) -> None:
+        """Let go of sequences whose callers no longer wait."""
+        for sequence, answer in list((self._continuations | self._weighings).items()):
+            if answer.request.future.done():
+                self._finish(sequence)
+
+    def _weigh(
+        self, takers: list[tuple[ScheduledSequence, int]], logits: torch.Tensor
+    ) -> list[int]:
+        """Give scoring sequences their rows of logits; return the rows of the others."""
+        rows, start = [], 0
+        for item, num_rows in takers:
+            if item.sequence.is_scoring:
+                self._read(item, logits[start : start + num_rows])
+            else:
+                rows.append(start)
+            start += num_rows
+        return rows
+
+    def _read(self, item: ScheduledSequence, logits: torch.Tensor) -> None:
+        sequence, weighing = item.sequence, self._weighings[item.sequence]
+        num_scored = sequence.num_scored_branches
+        if item.branches:
+            done = weighing.branches[num_scored - len(item.branches) : num_scored]
+            weighing.read_branches(done, logits)
+        else:
+            weighing.read_prompt(logits[0])
+        if num_scored == len(sequence.branches):
+            weighing.finish()
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._continuations.pop(sequence, None)
+        self._weighings.pop(sequence, None)
+
+    def _start(self, request: GenerateRequest) -> Continuation:
+        grammar = request.grammar
+        matcher = None if grammar is None else self._grammars.matcher(grammar)
+        return Continuation(request, self._tokenizer, matcher)
+
+
+def _is_sampled(item: ScheduledSequence) -> bool:
+    return item.needs_logits and not item.sequence.is_scoring

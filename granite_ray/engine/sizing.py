@@ -1,0 +1,120 @@
+"""How much memory there is, and how many blocks and state slots it makes."""
+
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from granite_ray.config import EngineConfig
+from granite_ray.errors import ConfigError
+from granite_ray.model.architecture import Architecture
+from granite_ray.model.state import block_bytes, slot_bytes
+
+GIB = 1024**3
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits (control groups, version 2)."""
+CUDA_SHARE = 0.8
+"""Of what is free on a GPU after the weights; the rest is for the tensors of a step."""
+CPU_SHARE = 0.5
+"""Of what is free on this machine, times the share of its cores: other replicas live there too."""
+SNAPSHOT_SHARE = 0.5
+"""Most of the memory that state slots may take; the rest is for keys and values."""
+NUM_SNAPSHOTS = 16
+"""State slots for snapshots, beside one for each running sequence."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """What the cache holds: blocks, state slots, and sequences that may run at once."""
+
+    num_blocks: int
+    num_slots: int
+    max_num_seqs: int
+
+
+def size_cache(
+    architecture: Architecture,
+    engine: EngineConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    budget_bytes: int,
+) -> CacheSize:
+    """Divide a budget: slots for running sequences and snapshots first, then blocks.
+
+    No more than all running sequences can come to need, twice over for prefixes that stay.
+
+    Raises:
+        ConfigError: If not even one sequence of the longest length fits.
+    """
+    slots, max_num_seqs = _size_slots(architecture, engine, dtype, budget_bytes)
+    left = budget_bytes - slots * slot_bytes(architecture, dtype)
+    bytes_per_block = block_bytes(architecture, engine.block_size, dtype)
+    blocks_per_seq = -(-max_model_len // engine.block_size)
+    num_blocks = 2 * max_num_seqs * blocks_per_seq
+    if bytes_per_block:
+        num_blocks = min(num_blocks, left // bytes_per_block)
+    if num_blocks < blocks_per_seq or max_num_seqs < 1:
+        needed = blocks_per_seq * bytes_per_block + 2 * slot_bytes(architecture, dtype)
+        raise ConfigError(
+            f"model.max_model_len is {max_model_len}: one sequence of that length needs "
+            f"{needed / GIB:.2f} GiB for its keys, values and state, and the engine has "
+            f"{budget_bytes / GIB:.2f} GiB. Lower model.max_model_len (and chunking.max_tokens), "
+            "raise engine.cache_gib, or take a larger device."
+        )
+    logger.info(
+        "cache sized blocks=%d block_size=%d tokens=%d kv_gib=%.2f state_slots=%d state_gib=%.2f "
+        "max_num_seqs=%d budget_gib=%.2f",
+        *(num_blocks, engine.block_size, num_blocks * engine.block_size),
+        num_blocks * bytes_per_block / GIB,
+        *(slots, slots * slot_bytes(architecture, dtype) / GIB, max_num_seqs, budget_bytes / GIB),
+    )
+    return CacheSize(num_blocks, slots, max_num_seqs)
+
+
+def _size_slots(
+    architecture: Architecture, engine: EngineConfig, dtype: torch.dtype, budget_bytes: int
+) -> tuple[int, int]:
+    """Return the number of state slots and of sequences that may run at once."""
+    each = slot_bytes(architecture, dtype)
+    if not each:
+        return 0, engine.max_num_seqs
+    affordable = int(budget_bytes * SNAPSHOT_SHARE) // each
+    num_slots = min(engine.max_num_seqs + NUM_SNAPSHOTS, affordable)
+    num_snapshots = min(NUM_SNAPSHOTS, num_slots // 3)
+    max_num_seqs = min(engine.max_num_seqs, num_slots - num_snapshots)
+    if max_num_seqs < engine.max_num_seqs:
+        logger.warning(
+            "memory bounds the running sequences max_num_seqs=%d wanted=%d state_mib=%.1f",
+            *(max_num_seqs, engine.max_num_seqs, each / 1024**2),
+        )
+    return num_slots, max_num_seqs
+
+
+def cache_budget(engine: EngineConfig, device: torch.device, num_threads: int | None) -> int:
+    """Return the bytes that cache and state may take: as configured, or a share of what is free."""
+    if engine.cache_gib is not None:
+        return int(engine.cache_gib * GIB)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_SHARE)
+    num_cores = os.cpu_count() or 1
+    share = CPU_SHARE * min(1.0, (num_threads or num_cores) / num_cores)
+    return int(free_memory_bytes() * share)
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that this process may still take: of the machine, or of its container."""
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no control group, or its limit is "max"
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        reclaimable = int(dict(line.split() for line in lines)["inactive_file"])
+        free = min(free, limit - used + reclaimable)
+    return max(free, 0)
