@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from granite_ray.engine.loading import fill_randomly
+from granite_ray.engine.reference.loading import fill_randomly
 from tests.tiny import END_OF_TEXT, write_tokenizer
 
 KINDS = ("granite", "granitemoe", "granitemoehybrid")

@@ -123,8 +123,8 @@ class ModelConfig(Section):
 class EngineConfig(Section):
     """How one replica runs, and how many there are."""
 
-    backend: Literal["transformers", "fake"] = "transformers"
-    """`transformers` is the reference; `fake` answers at once without a model, for trials."""
+    backend: Literal["native", "transformers", "fake"] = "transformers"
+    """`native` is ours, `transformers` the reference; `fake` answers at once, without a model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where the cluster has one."""
     num_replicas: Annotated[int, Field(gt=0)] | tuple[int, int] = 1
@@ -136,7 +136,12 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(default=32, gt=0)
     """Sequences that may run at once in one replica."""
     max_num_batched_tokens: int = Field(default=16384, gt=0)
-    """Padded tokens of one batch in one replica."""
+    """Tokens of one step in one replica; padding counts on the `transformers` backend."""
+    block_size: int = Field(default=16, gt=0)
+    """Token positions of one block of the cache; prefixes are shared in whole blocks."""
+    cache_gib: float | None = Field(default=None, gt=0)
+    """GiB for keys, values and Mamba state; by default 80 % of what is free on a GPU after the
+    weights, on a CPU half of the free memory times the replica's share of the cores."""
 
     @field_validator("num_replicas")
     @classmethod

@@ -14,8 +14,11 @@ class Engine(LLM, Protocol):
 
     num_calls: int
     """Calls of `generate` and `score` that reached the model."""
-    num_steps: int
-    """Grows while the engine gets on with a call: calls in flight and no growth mean it hangs."""
+
+    @property
+    def num_steps(self) -> int:
+        """Grows while the engine gets on with a call: calls in flight, no growth: it hangs."""
+        ...
 
     def shutdown(self) -> None:
         """End within a bounded time; whoever waits, and later calls, get InfrastructureError."""
@@ -39,6 +42,10 @@ def make_engine(
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if engine.backend == "fake":
         return FakeEngine(tokenizer, checkpoint.max_model_len, engine.fake_tokens_per_s)
-    from granite_ray.engine.reference import load_reference_engine  # loads torch
+    if engine.backend == "native":
+        from granite_ray.engine.native import load_native_engine  # loads torch
+
+        return load_native_engine(checkpoint, tokenizer, model, engine, num_threads)
+    from granite_ray.engine.reference.core import load_reference_engine  # loads torch
 
     return load_reference_engine(checkpoint, tokenizer, model, engine, num_threads)

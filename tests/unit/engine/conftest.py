@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.factory import Engine, make_engine
-from granite_ray.engine.reference import ReferenceEngine
+from granite_ray.engine.front import EngineFront
+from granite_ray.engine.reference.core import start_reference_engine
 from granite_ray.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny_models import KINDS, write_checkpoint
 
@@ -62,14 +63,14 @@ def start_engine() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def start_around() -> Iterator[Callable[..., ReferenceEngine]]:
+def start_around() -> Iterator[Callable[..., EngineFront]]:
     """Start a reference engine around any model object."""
     started = []
 
-    def start(model: Any, checkpoint: Checkpoint, **values: Any) -> ReferenceEngine:
+    def start(model: Any, checkpoint: Checkpoint, **values: Any) -> EngineFront:
         tokenizer = load_tokenizer(checkpoint.path)
         config = EngineConfig(**values)
-        started.append(ReferenceEngine(model, tokenizer, checkpoint.max_model_len, config))
+        started.append(start_reference_engine(model, tokenizer, checkpoint.max_model_len, config))
         return started[-1]
 
     yield start

@@ -154,7 +154,7 @@ def test_shutdown_fails_who_waits_is_bounded_and_can_be_repeated(moe, plain, sta
         assert "shut down" in str(failure)
     with pytest.raises(InfrastructureError, match="shut down"):
         asyncio.run(engine.score(Prompt((30,)), [(31,)]))
-    assert "reference-engine" not in {thread.name for thread in threading.enumerate()}
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_an_engine_serves_one_loop_after_another(moe, start_engine):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_ray.engine.scoring import plan_branches
+from granite_ray.engine.choices import plan_branches
 from granite_ray.records import Prompt
 from tests.unit.engine.conftest import load_plain
 
@@ -68,7 +68,7 @@ def test_no_choices_have_no_scores(moe, start_engine):
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=5).map(tuple), max_size=30))
 def test_every_choice_is_read_off_exactly_one_branch_that_begins_with_it(choices):
-    branches = plan_branches(choices)
+    branches = {b.token_ids: b.choice_indexes for b in plan_branches(tuple(choices))}
     read = sorted(index for indexes in branches.values() for index in indexes)
     assert read == list(range(len(choices)))
     for token_ids, indexes in branches.items():

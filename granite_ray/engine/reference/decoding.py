@@ -6,8 +6,8 @@ import torch
 
 from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.grammar import GrammarCompiler
+from granite_ray.engine.reference.token_rows import TokenRows
 from granite_ray.engine.sampling import choose_tokens, compute_masks, read_logprobs
-from granite_ray.engine.token_rows import TokenRows
 
 
 @torch.inference_mode()

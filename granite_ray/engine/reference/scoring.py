@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from granite_ray.config import EngineConfig
+from granite_ray.engine.choices import plan_branches
+from granite_ray.engine.reference.token_rows import TokenRows
 from granite_ray.engine.requests import ScoreRequest
-from granite_ray.engine.token_rows import TokenRows
 
 MAX_SCORED_TOKENS = 512
 """Bounds the logits of one group: a token costs 0.4 MB with a vocabulary of 100,000."""
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
-    """What is appended to one prompt, and the choices that can be read off it."""
+class RowBranch:
+    """A branch of one row's prompt."""
 
     row: int
     token_ids: tuple[int, ...]
@@ -36,9 +37,9 @@ def score_choices(
     rows = TokenRows(model, [request.prompt.token_ids for request in requests])
     first = rows.next_logits.log_softmax(dim=-1)
     branches = [
-        Branch(row, token_ids, indexes)
+        RowBranch(row, branch.token_ids, branch.choice_indexes)
         for row, request in enumerate(requests)
-        for token_ids, indexes in plan_branches(request.choices).items()
+        for branch in plan_branches(tuple(request.choices))
     ]
     for group in _groups(branches, rows.width, config):
         later = _log_probabilities_along(rows, group)
@@ -51,29 +52,11 @@ def score_choices(
     return scores
 
 
-def plan_branches(choices: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Return what to append to the prompt → the choices read off it.
-
-    A choice's last token need not be appended, and what begins a longer branch is no branch of
-    its own: sorted backwards, a beginning comes right after what it begins.
-    """
-    bodies: dict[tuple[int, ...], list[int]] = {}
-    for index, choice in enumerate(choices):
-        bodies.setdefault(choice[:-1], []).append(index)
-    branches: dict[tuple[int, ...], tuple[int, ...]] = {}
-    branch: tuple[int, ...] = ()
-    for body in sorted(bodies, reverse=True):
-        if branch[: len(body)] != body:
-            branch = body
-        branches[branch] = branches.get(branch, ()) + tuple(bodies[body])
-    return branches
-
-
 def _groups(
-    branches: list[Branch], prompt_width: int, config: EngineConfig
-) -> Iterator[list[Branch]]:
+    branches: list[RowBranch], prompt_width: int, config: EngineConfig
+) -> Iterator[list[RowBranch]]:
     """Cut branches into groups whose rows fit memory; branches of like length go together."""
-    group: list[Branch] = []
+    group: list[RowBranch] = []
     for branch in sorted(branches, key=lambda branch: len(branch.token_ids)):
         width, num_rows = len(branch.token_ids), len(group) + 1
         if group and (
@@ -88,7 +71,7 @@ def _groups(
         yield group
 
 
-def _log_probabilities_along(rows: TokenRows, group: list[Branch]) -> torch.Tensor:
+def _log_probabilities_along(rows: TokenRows, group: list[RowBranch]) -> torch.Tensor:
     """Return log-probabilities after each token of each branch: [branches, tokens, vocabulary]."""
     if not group[-1].token_ids:  # one-token choices: nothing to append
         return rows.next_logits.new_empty(len(group), 0, rows.next_logits.shape[-1])

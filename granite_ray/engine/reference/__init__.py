@@ -1,0 +1,1 @@
+"""The same verbs on transformers: slow, plain, and the oracle for our own engine."""
