@@ -154,7 +154,7 @@ class Completion:
     finish_reason: FinishReason
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = field(default=0, compare=False)
 
 
 class LLM(Protocol):

@@ -15,9 +15,9 @@ from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.cache import Cache
 from granite_ray.engine.canary import check_model
 from granite_ray.engine.continuation import Continuation
+from granite_ray.engine.devices import choose_device
 from granite_ray.engine.front import EngineFront
 from granite_ray.engine.grammar import GrammarCompiler
-from granite_ray.engine.loading import DUMMY_SEED, choose_device
 from granite_ray.engine.requests import GenerateRequest, Request
 from granite_ray.engine.runner import Runner, num_logits_rows
 from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks, read_logprobs
@@ -32,6 +32,9 @@ from granite_ray.tokenizer import Tokenizer
 
 MAX_BRANCH_TOKENS = 512
 """Bounds the logits of one step's branches: a token costs 0.4 MB at a vocabulary of 100,000."""
+
+DUMMY_SEED = 0
+"""Fixed, so that every replica of a job gets the same random model."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,7 @@ def load_native_engine(
         architecture, size.num_blocks, engine.block_size, size.num_slots, dtype, device
     )
     runner = Runner(loaded, state, engine.block_size)
-    check_model(
-        runner, engine.block_size, checkpoint.max_model_len, architecture.vocab_size, dtype
-    )
+    check_model(runner, engine.block_size, checkpoint.max_model_len, architecture.vocab_size, dtype)
     has_state = "mamba" in architecture.layer_types
     scheduler = Scheduler(
         SchedulerLimits(size.max_num_seqs, engine.max_num_batched_tokens, MAX_BRANCH_TOKENS),

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from granite_ray.config import EngineConfig, ModelConfig
+from granite_ray.engine.devices import choose_device
 from granite_ray.errors import ConfigError
 
 DUMMY_SEED = 0
@@ -36,17 +37,6 @@ def load_model(checkpoint_path: str, model: ModelConfig, engine: EngineConfig) -
     loaded: nn.Module = load(checkpoint_path, dtype).to(device).eval()
     logger.info("model loaded path=%s device=%s dtype=%s", checkpoint_path, device, loaded.dtype)
     return loaded
-
-
-def choose_device(wanted: str) -> torch.device:
-    """Turn `engine.device` into a device that this machine has."""
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
-        raise ConfigError(
-            "engine.device is cuda, but torch finds no GPU where the engine runs. "
-            "Use engine.device: cpu, or a node and a torch build with CUDA."
-        )
-    return torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
 
 
 def _model_from_weights(checkpoint_path: str, dtype: Any) -> Any:

@@ -47,13 +47,19 @@ def tokenizer(moe: Checkpoint) -> Tokenizer:
     return load_tokenizer(moe.path)
 
 
+@pytest.fixture(params=["native", "transformers"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The engines that run a model: what is true of one must be true of the other."""
+    return str(request.param)
+
+
 @pytest.fixture
-def start_engine() -> Iterator[Callable[..., Engine]]:
+def start_engine(backend: str) -> Iterator[Callable[..., Engine]]:
     """Start engines; keywords are those of `EngineConfig`."""
     started = []
 
     def start(checkpoint: Checkpoint, model: ModelConfig | None = None, **values: Any) -> Engine:
-        config = EngineConfig(**{"device": "cpu", **values})
+        config = EngineConfig(**{"device": "cpu", "backend": backend, **values})
         started.append(make_engine(checkpoint, model or ModelConfig(), config))
         return started[-1]
 

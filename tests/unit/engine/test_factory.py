@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from granite_ray.config import EngineConfig, ModelConfig
-from granite_ray.engine.loading import choose_device, load_model
+from granite_ray.engine.devices import choose_device
+from granite_ray.engine.reference.loading import load_model
 from granite_ray.errors import ConfigError
 
 CPU = EngineConfig(device="cpu")

@@ -16,8 +16,13 @@ PROMPT = Prompt(tuple(range(100, 400)))
 
 
 @pytest.fixture
+def backend():
+    return "fake"
+
+
+@pytest.fixture
 def fake(moe, start_engine):
-    return start_engine(moe, backend="fake")
+    return start_engine(moe)
 
 
 def answer(engine, *args):
@@ -27,7 +32,7 @@ def answer(engine, *args):
 def test_an_answer_depends_on_prompt_sampling_and_grammar(moe, fake, start_engine):
     sampling = SamplingParams(100, temperature=1.0, seed=1)
     first = answer(fake, PROMPT, sampling)
-    assert answer(start_engine(moe, backend="fake"), PROMPT, sampling) == first
+    assert answer(start_engine(moe), PROMPT, sampling) == first
     others = [
         answer(fake, Prompt((*PROMPT.token_ids, 5)), sampling),
         answer(fake, PROMPT, SamplingParams(100, temperature=1.0, seed=2)),
@@ -129,7 +134,7 @@ def test_steps_grow_with_each_call_and_while_a_call_takes_its_time(moe, fake, st
     answer(fake, PROMPT, SamplingParams(9))
     asyncio.run(fake.score(PROMPT, [(1,)]))
     assert fake.num_steps == 2
-    slow = start_engine(moe, backend="fake", fake_tokens_per_s=90)
+    slow = start_engine(moe, fake_tokens_per_s=90)
 
     async def seen():
         started, call = time.monotonic(), asyncio.create_task(slow.score(PROMPT, [(1,)]))
@@ -148,7 +153,7 @@ def test_steps_grow_with_each_call_and_while_a_call_takes_its_time(moe, fake, st
 def test_five_hundred_documents_a_second_come_out_as_that(moe, start_engine, in_flight):
     num_documents = 250
     sampling = SamplingParams(1)
-    engine = start_engine(moe, backend="fake", fake_tokens_per_s=500 * 301)
+    engine = start_engine(moe, fake_tokens_per_s=500 * 301)
 
     async def measure():
         gate = asyncio.Semaphore(in_flight)

@@ -10,7 +10,7 @@ import torch
 from granite_ray.errors import InfrastructureError
 from granite_ray.records import Prompt, SamplingParams
 from tests.unit.engine.conftest import load_plain
-from tests.unit.engine.test_reference import gather_answers, prompts
+from tests.unit.engine.test_engines import gather_answers, prompts
 
 
 class Watched:
