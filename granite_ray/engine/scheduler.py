@@ -13,8 +13,8 @@ from granite_ray.engine.cache import Cache
 from granite_ray.engine.sequence import ScheduledSequence, Sequence, SequenceStatus, StepPlan
 
 MAX_OVERTAKES = 4
-"""Interactive sequences admitted for each sequence of lower precedence that has to wait for them:
-under a steady stream of interactive work, a fifth of the admissions goes to the rest."""
+"""Interactive admissions after which the oldest of the others that got nothing counts as
+interactive for good: under a steady stream of interactive work, others are one admission in 4."""
 
 
 @dataclass(frozen=True, slots=True)

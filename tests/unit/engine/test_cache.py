@@ -128,6 +128,20 @@ def test_snapshot_is_taken_once(hybrid: Simulation) -> None:
     assert [plan.saved for plan in hybrid.run()] == [()]
 
 
+def test_snapshot_is_taken_where_the_budget_happens_to_end_a_run() -> None:
+    limits = SchedulerLimits(1, max_num_batched_tokens=8, max_num_branch_tokens=16)
+    hybrid = Simulation(limits, num_blocks=64, block_size=BLOCK_SIZE, num_slots=2)
+    hybrid.add(numbers(0, 9), junctions=(8,))
+    assert [len(plan.saved) for plan in hybrid.run()] == [1, 0]
+
+
+def test_snapshot_is_taken_of_one_of_two_that_reach_a_junction_at_once(hybrid: Simulation) -> None:
+    sequences = [Sequence(index, list(numbers(0, 9)), 9, 10, junctions=(8,)) for index in range(2)]
+    assert all(hybrid.cache.admit(sequence, 0) for sequence in sequences)
+    assert [hybrid.cache.stop_at_junction(sequence, 9) for sequence in sequences] == [8, 9]
+    assert len(hybrid.cache.saved) == 1
+
+
 def test_snapshot_longest_unused_is_given_up() -> None:
     hybrid = Simulation(
         SchedulerLimits(1, 64, 16), num_blocks=64, block_size=BLOCK_SIZE, num_slots=3

@@ -1,5 +1,6 @@
 """Who runs when: everybody finishes, nobody's memory is touched, limits hold, turns are fair."""
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -9,8 +10,13 @@ from granite_ray.engine.sequence import SequenceStatus, StepPlan
 from tests.unit.engine.simulation import Simulation
 
 MAX_TOKENS = 24
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=16).map(tuple)
-branch = st.lists(st.integers(0, 9), min_size=1, max_size=12).map(tuple)
+BEGINNINGS = ((0,) * 14, (0, 1) * 7, (1, 1, 0) * 4)
+beginnings = st.builds(
+    lambda tokens, stop: tokens[:stop], st.sampled_from(BEGINNINGS), st.integers(1, 14)
+)
+endings = st.lists(st.integers(0, 1), max_size=2).map(tuple)
+junctions = st.lists(st.integers(1, 14), max_size=3, unique=True).map(sorted)
+branches = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12).map(tuple), max_size=5)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -22,7 +28,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_branch_tokens=st.integers(1, 20),
         block_size=st.sampled_from([1, 2, 4]),
         num_spare_blocks=st.integers(0, 12),
-        num_snapshots=st.none() | st.integers(0, 3),
+        num_slots=st.integers(0, 8),
     )
     def start(
         self,
@@ -31,55 +37,57 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_branch_tokens: int,
         block_size: int,
         num_spare_blocks: int,
-        num_snapshots: int | None,
+        num_slots: int,
     ) -> None:
         self.simulation = Simulation(
             SchedulerLimits(max_num_seqs, max_num_batched_tokens, max_num_branch_tokens),
             num_blocks=MAX_TOKENS // block_size + num_spare_blocks,
             block_size=block_size,
-            num_slots=0 if num_snapshots is None else max_num_seqs + num_snapshots,
+            num_slots=num_slots,
         )
 
     @rule(
-        prompt=prompts,
+        beginning=beginnings,
+        ending=endings,
         num_new=st.integers(1, 8),
-        junctions=st.lists(st.integers(1, 16), max_size=3, unique=True).map(sorted),
+        junctions=junctions,
         is_interactive=st.booleans(),
         jumps=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple),
     )
     def generate(
         self,
-        prompt: tuple[int, ...],
+        beginning: tuple[int, ...],
+        ending: tuple[int, ...],
         num_new: int,
         junctions: list[int],
         is_interactive: bool,
         jumps: tuple[int, ...],
     ) -> None:
         self.simulation.add(
-            prompt,
+            beginning + ending,
             num_new=num_new,
-            junctions=tuple(j for j in junctions if j <= len(prompt)),
+            junctions=tuple(place for place in junctions if place <= len(beginning)),
             is_interactive=is_interactive,
             jumps=jumps,
         )
 
     @rule(
-        prompt=prompts,
-        branches=st.lists(branch, max_size=5).map(tuple),
-        junction=st.integers(1, 16),
+        beginning=beginnings,
+        ending=endings,
+        branches=branches.map(tuple),
         is_interactive=st.booleans(),
     )
     def score(
         self,
-        prompt: tuple[int, ...],
+        beginning: tuple[int, ...],
+        ending: tuple[int, ...],
         branches: tuple[tuple[int, ...], ...],
-        junction: int,
         is_interactive: bool,
     ) -> None:
         self.simulation.add(
-            prompt,
+            beginning + ending,
             branches=branches,
-            junctions=(min(junction, len(prompt)),),
+            junctions=(len(beginning),),
             is_interactive=is_interactive,
         )
 
@@ -108,7 +116,9 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestEngineMachine.settings = settings(  # on top of those that suit a machine: no health checks
+    EngineMachine.TestCase.settings, max_examples=60, stateful_step_count=30
+)
 
 
 def limits(num_seqs: int = 8, num_tokens: int = 64, num_branch_tokens: int = 16) -> SchedulerLimits:
@@ -148,8 +158,9 @@ def test_tokens_appended_together_are_one_run() -> None:
     simulation.run()
 
 
-def test_common_prefix_of_requests_that_arrive_at_once_is_computed_once() -> None:
-    simulation = Simulation(limits(num_seqs=32, num_tokens=2048), num_blocks=1024, block_size=16)
+@pytest.mark.parametrize("num_slots", [0, 33])
+def test_common_prefix_of_requests_that_arrive_at_once_is_computed_once(num_slots: int) -> None:
+    simulation = Simulation(limits(num_seqs=32, num_tokens=2048), 1024, 16, num_slots)
     prefix = numbers(0, 256)
     for index in range(32):
         simulation.add((*prefix, 1000 + index), junctions=(256,))
@@ -203,6 +214,16 @@ def test_preempted_sequence_finds_its_own_blocks_again() -> None:
     assert 0 < num_computed_again < victim.num_prompt_tokens
 
 
+def test_admission_leaves_a_block_for_each_running_sequence() -> None:
+    simulation = Simulation(limits(), num_blocks=6, block_size=4)
+    simulation.add(numbers(0, 4), num_new=8)
+    simulation.step()
+    newcomer = simulation.add(numbers(10, 25))  # needs all 4 blocks that are left
+    assert counts(simulation.step()) == [(0, 1)]
+    simulation.run()
+    assert newcomer.num_preemptions == 0
+
+
 def test_sequence_that_lacks_a_block_keeps_what_it_holds_while_others_go_on() -> None:
     simulation = Simulation(limits(), num_blocks=6, block_size=2)
     simulation.add(numbers(0, 3), num_new=3)
@@ -221,7 +242,7 @@ def test_batch_work_advances_under_a_steady_stream_of_interactive_work() -> None
     assert all(sequence.status is SequenceStatus.FINISHED for sequence in batch)
     places = [simulation.finished.index(sequence.seq_id) for sequence in batch]
     assert places == sorted(places)
-    assert places[-1] <= len(batch) * (MAX_OVERTAKES + 1) + limits().max_num_seqs
+    assert places[-1] < len(batch) * MAX_OVERTAKES + simulation.limits.max_num_seqs
 
 
 def test_batch_scoring_advances_although_interactive_branches_take_all_rows() -> None:
@@ -267,3 +288,10 @@ def test_preempted_scoring_goes_on_with_the_branches_left() -> None:
     assert scoring.num_preemptions == 1
     done = [item.branches for plan in plans for item in plan.scheduled if item.branches]
     assert sum(done, ()) == scoring.branches
+
+
+@pytest.mark.parametrize(("prompt", "num_new"), [((), 1), ((1, 2, 3), 6)])
+def test_sequence_that_could_never_finish_is_refused(prompt: tuple[int, ...], num_new: int) -> None:
+    simulation = Simulation(limits(), num_blocks=2, block_size=4)
+    with pytest.raises(AssertionError):
+        simulation.add(prompt, num_new=num_new)
