@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -8,6 +9,7 @@ from granite_ray.config import ExtractConfig, load_config
 
 CONFIGS_PATH = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(CONFIGS_PATH.rglob("*.yaml"))
+KINDS = {"summarize", "classify", "extract", "generate"}
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +21,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_loads(path: Path):
     config = load_config(path)
-    if path.stem != "quickstart":
+    if path.stem in KINDS:
         assert config.task.kind == path.stem
 
 
 def test_there_is_an_example_of_every_task():
-    kinds = {load_config(path).task.kind for path in CONFIGS}
-    assert kinds == {"summarize", "classify", "extract", "generate"}
+    assert {path.stem for path in CONFIGS} >= KINDS
+
+
+def test_the_readme_lists_every_config_once():
+    listed = re.findall(r"\((\w+)\.yaml\)", (CONFIGS_PATH / "README.md").read_text())
+    assert sorted(listed) == [path.stem for path in CONFIGS]
 
 
 def test_examples_take_their_places_from_the_environment(monkeypatch: pytest.MonkeyPatch):

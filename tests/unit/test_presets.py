@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from granite_ray.checkpoint import QUICKSTART_PATH, open_checkpoint
 from granite_ray.config import ModelConfig
 from granite_ray.errors import ConfigError
+from granite_ray.model.architecture import read_architecture
+from granite_ray.model.weights import count_parameters as count_our_parameters
 
 PRESETS_PATH = Path(__file__).parents[2] / "configs" / "models"
 ROW = re.compile(r"\| `([\w.-]+)` \| .* \| ([\d.]+) / ([\d.]+) \| (\d+)K \|")
@@ -71,6 +73,12 @@ def test_a_preset_has_the_parameters_and_context_of_its_row(
     assert billions(found_total, total) == total
     assert billions(found_active, active) == active
     assert read_preset(name)["max_position_embeddings"] == context
+
+
+@pytest.mark.parametrize("name", sorted(FAMILY))
+def test_our_own_model_has_the_parameters_that_transformers_gives_it(name: str) -> None:
+    ours = count_our_parameters(read_architecture(read_preset(name)))
+    assert ours == count_parameters(name)[0]
 
 
 @pytest.mark.parametrize(("name", "number"), COUNTED_ON_THE_HUB.items())
