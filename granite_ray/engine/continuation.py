@@ -1,5 +1,6 @@
 """The living state of one request while it is continued, token by token. No tensors."""
 
+from array import array
 from random import Random
 
 from granite_ray.engine.grammar import GrammarMatcher
@@ -15,7 +16,8 @@ class Continuation:
     Attributes:
         token_ids: What was chosen so far.
         logprobs: One for each of `token_ids`, where they are asked for.
-        seen_token_ids: Prompt and completion, where repetition is penalized; else None.
+        seen_token_ids: Those of the prompt, each once, then `token_ids`; None where repetition is
+            not penalized.
         number: At least 0, below 1: where in its distribution the next token is drawn. It follows
             from the seed and the token's position alone, so a text does not depend on neighbours,
             on forced tokens taken at once, or on a step that is done twice.
@@ -31,10 +33,10 @@ class Continuation:
         self.matcher = matcher
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
-        self.seen_token_ids = set(request.prompt.token_ids) if has_penalty else None
+        self.seen_token_ids = array("q", set(request.prompt.token_ids)) if has_penalty else None
         self.num_cached_tokens = 0
-        self.is_plain = matcher is None and not (sampling.temperature or has_penalty)
-        """Whether the next token is simply the likeliest."""
+        self.is_greedy = not (sampling.temperature or has_penalty)
+        """Whether the next token is the likeliest of those that the grammar allows."""
         self._numbers = Random(sampling.seed)
         self.number = self._numbers.random()
         self._tokenizer = tokenizer
@@ -102,7 +104,7 @@ class Continuation:
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if self.seen_token_ids is not None:
-            self.seen_token_ids.add(token_id)
+            self.seen_token_ids.append(token_id)
 
     def _step_grammar(self, token_id: int) -> bool:
         if self.matcher is None:
