@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.batch import ForwardBatch, Segment
-from granite_ray.model.mamba_scan import ScanInputs, scan, scan_branches, step
+from granite_ray.model.mamba_scan import ScanInputs, scan, scan_branches, step_each, step_together
 
 SCAN_LENGTH = 64
 """The most tokens of a piece. Any number gives the same answer; this one keeps it in the cache."""
@@ -87,9 +87,8 @@ class MambaMixer(nn.Module):
         num_decodes = batch.num_decodes
         if num_decodes:
             slots = [segment.state_slot for segment in batch.segments[:num_decodes]]
-            slots_S = torch.tensor(slots, device=x_TD.device)
             decodes = projected.rows(0, num_decodes)
-            y_TI[:num_decodes] = self._decode(decodes, slots_S, conv_state, ssm_state)
+            y_TI[:num_decodes] = self._decode(decodes, slots, conv_state, ssm_state)
         start = num_decodes
         for segment in batch.segments[num_decodes:]:
             stop = start + segment.num_tokens
@@ -107,17 +106,15 @@ class MambaMixer(nn.Module):
     def _decode(
         self,
         projected: Projected,
-        slots_S: torch.Tensor,
+        slots: list[int],
         conv_state: torch.Tensor,
         ssm_state: torch.Tensor,
     ) -> torch.Tensor:
-        window_SCK = torch.cat([conv_state[slots_S], projected.channels_TC[..., None]], dim=-1)
-        conv_state[slots_S] = window_SCK[..., 1:]
-        tokens = self._scan_inputs(self.conv1d.last(window_SCK), projected.dt_TH)
-        state_SHMR = ssm_state[slots_S]
-        y_SHM = step(tokens, state_SHMR)
-        ssm_state[slots_S] = state_SHMR
-        return self._finish(y_SHM, tokens, projected.gate_TI)
+        window_SCK = torch.cat([conv_state[slots], projected.channels_TC[..., None]], dim=-1)
+        conv_state[slots] = window_SCK[..., 1:]
+        tokens = self._scan_inputs(self.conv1d.newest(window_SCK), projected.dt_TH)
+        step = step_each if ssm_state.is_cpu else step_together
+        return self._finish(step(tokens, ssm_state, slots), tokens, projected.gate_TI)
 
     def _prefill(
         self, segment: Segment, projected: Projected, state: SlotState, out_TI: torch.Tensor
@@ -185,7 +182,7 @@ class MambaMixer(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """A convolution of each channel by itself over the last K tokens, with SiLU, in float32."""
+    """A convolution of each channel by itself over the last K tokens, then SiLU, in float32."""
 
     def __init__(self, num_channels: int, width: int, has_bias: bool) -> None:
         super().__init__()
@@ -193,31 +190,31 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_channels)) if has_bias else None
 
     def forward(self, window_XC: torch.Tensor) -> torch.Tensor:
-        """Return L rows for L + W: the first W are context only.
+        """Return the last L of L + W rows: the first W are context only.
 
-        Sums of shifted rows need no transposition, and each stays in the cache.
+        A sum of shifted rows needs no transposition.
         """
         window_XC = window_XC.float()
-        weight_KC = self.weight.float()[:, 0].T.contiguous()
-        width = weight_KC.shape[0]
-        num_tokens = window_XC.shape[0] - width + 1
+        weight_KC = self.weight[:, 0].T.contiguous().float()
+        width = len(weight_KC)
+        num_tokens = len(window_XC) - width + 1
         y_LC = window_XC[:num_tokens] * weight_KC[0]
         for k in range(1, width):
             y_LC.addcmul_(window_XC[k : k + num_tokens], weight_KC[k])
         return self._activate(y_LC)
 
-    def last(self, window_SCK: torch.Tensor) -> torch.Tensor:
-        """Return each sequence's newest row, [S, C]."""
-        return self._activate((window_SCK.float() * self.weight.float()[:, 0]).sum(-1))
+    def newest(self, window_SCK: torch.Tensor) -> torch.Tensor:
+        """Return the one row that each sequence's window makes, [S, C]."""
+        return self._activate((window_SCK * self.weight[:, 0].float()).sum(-1))
 
     def _activate(self, y_LC: torch.Tensor) -> torch.Tensor:
         if self.bias is not None:
-            y_LC += self.bias.float()
+            y_LC.add_(self.bias)
         return F.silu(y_LC, inplace=True)
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm of each group of channels, after the gate."""
+    """RMSNorm of each group of channels, after the gate, in float32."""
 
     def __init__(self, size: int, num_groups: int, eps: float) -> None:
         super().__init__()
@@ -226,10 +223,12 @@ class GatedNorm(nn.Module):
         self.eps = eps
 
     def forward(self, y_LI: torch.Tensor, gate_LI: torch.Tensor) -> torch.Tensor:
-        gated_LI = y_LI * F.silu(gate_LI.float())
-        grouped = gated_LI.view(len(gated_LI), self.num_groups, -1)
-        normed_LI = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(1)
-        return (normed_LI * self.weight.float()).to(gate_LI.dtype)
+        """Return it in the gate's dtype; overwrites `y_LI`."""
+        y_LI.mul_(F.silu(gate_LI.float(), inplace=True))
+        grouped = y_LI.view(len(y_LI), self.num_groups, -1)
+        mean_square = torch.linalg.vecdot(grouped, grouped)[..., None] / grouped.shape[-1]
+        grouped.mul_((mean_square + self.eps).rsqrt_())
+        return y_LI.mul_(self.weight).to(gate_LI.dtype)
 
 
 def _make_linear(in_size: int, out_size: int, has_bias: bool) -> nn.Linear:
