@@ -4,6 +4,7 @@ The configs run as they stand, on small checkpoints in the real formats, in floa
 compared with the chat template as transformers applies and encodes it, answers with `generate`.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from granite_ray.config import GenerateConfig, JobConfig, load_config
 from granite_ray.engine.factory import Engine, make_engine
 from granite_ray.tokenizer import load_tokenizer
 from tests.parity import RecordingLLM, Reference, run_without_ray
-from tests.samples import ROWS
+from tests.samples import ARTICLES, ROWS
 from tests.tiny_models import write_checkpoint
 from tests.unit.tasks.scripted import ScriptedLLM
 
@@ -153,6 +154,29 @@ def test_a_document_read_in_one_pass_stands_whole_in_the_chat_template(
         turn = shown.split("user<|end_of_role|>")[1].split("<|end_of_text|>")[0]
         assert turn.endswith(f"\n{row['text']}")
         assert prompt.token_ids == reference.encode_chat([{"role": "user", "content": turn}])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "num_chunks"), [("summarize_in_one_pass", 1), ("summarize_in_parts", 6)]
+)
+def test_forty_thousand_tokens_are_summarized_as_transformers_does(
+    name: str, num_chunks: int, tmp_path: Path, start: Start
+) -> None:
+    write_checkpoint(tmp_path, FORMS["granite 4"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 65536}))
+    reference = Reference(tmp_path)
+    config = load(name, reference, "native")
+    checkpoint, engine = start(config)
+    recording = RecordingLLM(engine)
+    text = "\n\n".join(f"{number}. {ARTICLES[number % 3]}" for number in range(1100))
+    (result,) = run_without_ray(config, checkpoint, recording, [{"text": text}])
+    assert (result.num_chunks, result.num_prompt_tokens > 40_000) == (num_chunks, True)
+    for prompt, completion in recording.calls:
+        assert completion.text == reference.write(prompt.token_ids, NUM_NEW_TOKENS)
+    assert result.values["summary"] == recording.calls[-1][1].text.strip()
 
 
 # control tokens ──────────────────────────────────────────────────────────────────────────────────
