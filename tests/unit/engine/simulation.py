@@ -123,6 +123,8 @@ class Simulation:
         sequences = [item.sequence for item in plan.scheduled]
         assert len(set(sequences)) == len(sequences)
         assert len(self._running()) <= self.limits.max_num_seqs
+        admitted = set(self._running()) - set(running_before)
+        assert admitted <= set(sequences), "whoever is admitted runs at once"
         decodes = plan.scheduled[: plan.num_decodes]
         assert all(item.is_decode for item in decodes)
         num_tokens = sum(item.num_tokens for item in plan.scheduled)

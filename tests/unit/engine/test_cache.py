@@ -155,9 +155,7 @@ def test_snapshot_longest_unused_is_given_up() -> None:
 
 
 def test_no_sequence_is_held_up_for_a_snapshot() -> None:
-    hybrid = Simulation(
-        SchedulerLimits(2, 64, 16), num_blocks=64, block_size=BLOCK_SIZE, num_slots=2
-    )
+    hybrid = hybrid_of_two_slots()
     hybrid.add(numbers(100, 109), num_new=5)
     hybrid.add(numbers(0, 9), num_new=5, junctions=(8,))
     plan = hybrid.step()
@@ -167,9 +165,7 @@ def test_no_sequence_is_held_up_for_a_snapshot() -> None:
 
 
 def test_snapshot_makes_room_for_a_sequence_but_not_while_it_is_copied() -> None:
-    hybrid = Simulation(
-        SchedulerLimits(2, 64, 16), num_blocks=64, block_size=BLOCK_SIZE, num_slots=2
-    )
+    hybrid = hybrid_of_two_slots()
     run_one(hybrid, numbers(0, 9), junctions=(8,))
     from_snapshot = hybrid.add(numbers(0, 10), num_new=5)
     other = hybrid.add(numbers(100, 110), num_new=5)
@@ -178,6 +174,23 @@ def test_snapshot_makes_room_for_a_sequence_but_not_while_it_is_copied() -> None
     plan = hybrid.step()
     assert scheduled(plan) == [from_snapshot, other]
     hybrid.run()
+
+
+def test_sequence_takes_over_the_slot_of_its_snapshot_if_there_is_no_other() -> None:
+    hybrid = hybrid_of_two_slots()
+    run_one(hybrid, numbers(0, 9), junctions=(8,))
+    sequences = [hybrid.add(numbers(0, 10), num_new=5) for _ in range(2)]
+    plans = hybrid.step(), hybrid.step()
+    assert [len(plan.restored) for plan in plans] == [1, 0]
+    assert scheduled(plans[1]) == sequences
+    assert [sequence.num_cached_tokens for sequence in sequences] == [8, 8]
+    hybrid.run()
+    assert run_one(hybrid, numbers(0, 9)) == 0
+
+
+def hybrid_of_two_slots() -> Simulation:
+    limits = SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=64, max_num_branch_tokens=16)
+    return Simulation(limits, num_blocks=64, block_size=BLOCK_SIZE, num_slots=2)
 
 
 def scheduled(plan: StepPlan) -> list[Sequence]:

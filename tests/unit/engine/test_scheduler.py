@@ -148,6 +148,15 @@ def test_decodes_come_first_and_runs_take_what_is_left() -> None:
     assert plan.num_decodes == 3
 
 
+def test_decodes_come_first_even_if_a_run_takes_precedence() -> None:
+    simulation = Simulation(limits(num_tokens=10), num_blocks=64, block_size=4)
+    simulation.add(numbers(0, 5), num_new=9)
+    simulation.step()
+    simulation.add(numbers(10, 40), is_interactive=True)
+    assert counts(simulation.step()) == [(0, 1), (1, 9)]
+    assert counts(simulation.step()) == [(0, 1), (1, 9)]
+
+
 def test_tokens_appended_together_are_one_run() -> None:
     simulation = Simulation(limits(), num_blocks=64, block_size=4)
     simulation.add(numbers(0, 5), num_new=12, jumps=(6,))
@@ -227,9 +236,20 @@ def test_admission_leaves_a_block_for_each_running_sequence() -> None:
 def test_sequence_that_lacks_a_block_keeps_what_it_holds_while_others_go_on() -> None:
     simulation = Simulation(limits(), num_blocks=6, block_size=2)
     simulation.add(numbers(0, 3), num_new=3)
-    last = simulation.add(numbers(10, 14), num_new=6)
-    simulation.run()
+    last = simulation.add(numbers(10, 15), num_new=5)
+    plans = [counts(plan) for plan in simulation.run()]
+    assert plans[:4] == [[(0, 3), (1, 5)], [(0, 1), (1, 1)], [(0, 1)], [(1, 1)]]
     assert last.num_preemptions == 0
+
+
+def test_nobody_is_admitted_while_a_running_sequence_lacks_blocks() -> None:
+    simulation = Simulation(limits(), num_blocks=10, block_size=2)
+    simulation.add(numbers(0, 2), num_new=3)
+    simulation.add(numbers(10, 18), num_new=10, jumps=(9,))
+    simulation.step()
+    simulation.add((30,))
+    assert counts(simulation.step()) == [(0, 1)]
+    simulation.run()
 
 
 def test_batch_work_advances_under_a_steady_stream_of_interactive_work() -> None:
@@ -243,6 +263,31 @@ def test_batch_work_advances_under_a_steady_stream_of_interactive_work() -> None
     places = [simulation.finished.index(sequence.seq_id) for sequence in batch]
     assert places == sorted(places)
     assert places[-1] < len(batch) * MAX_OVERTAKES + simulation.limits.max_num_seqs
+    assert places[-1] >= (len(batch) - 1) * MAX_OVERTAKES
+
+
+def test_turn_of_batch_work_goes_to_whoever_got_nothing() -> None:
+    simulation = Simulation(limits(num_seqs=2), num_blocks=64, block_size=4)
+    simulation.add((1, 2, 3), num_new=100)
+    simulation.step()
+    simulation.add((1, 2, 3))
+    for _ in range(MAX_OVERTAKES + 2):
+        simulation.add((3, 4, 5), is_interactive=True)
+        simulation.step()
+    assert simulation.finished.index(1) == MAX_OVERTAKES
+
+
+def test_turn_of_batch_work_comes_at_once_also_where_it_runs() -> None:
+    simulation = Simulation(limits(num_branch_tokens=4), num_blocks=64, block_size=4)
+    labels = ((1, 2), (3, 4)) * 8
+    simulation.add((1, 2, 3), branches=labels)
+    simulation.step()
+    for _ in range(MAX_OVERTAKES - 1):
+        simulation.add((3, 4, 5), branches=labels, is_interactive=True)
+    simulation.step()
+    simulation.add((3, 4, 5), branches=labels, is_interactive=True)
+    assert 0 not in dict(counts(simulation.step()))
+    assert counts(simulation.step()) == [(0, 4)]
 
 
 def test_batch_scoring_advances_although_interactive_branches_take_all_rows() -> None:
