@@ -22,7 +22,7 @@ from granite_ray.engine.requests import GenerateRequest, Request
 from granite_ray.engine.runner import Runner, num_logits_rows
 from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks, read_logprobs
 from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
-from granite_ray.engine.sequence import ScheduledSequence, Sequence
+from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
 from granite_ray.engine.sizing import cache_budget, size_cache
 from granite_ray.engine.weighing import Weighing
 from granite_ray.model.architecture import read_architecture
@@ -33,6 +33,8 @@ from granite_ray.tokenizer import Tokenizer
 MAX_BRANCH_TOKENS = 512
 """Bounds the logits of one step's branches: a token costs 0.4 MB at a vocabulary of 100,000."""
 
+MIN_STEP_TOKENS = 64
+"""A step of fewer tokens that device memory does not suffice for ends the engine."""
 DUMMY_SEED = 0
 """Fixed, so that every replica of a job gets the same random model."""
 
@@ -145,11 +147,26 @@ class NativeCore:
         sampled = [item.sequence for item in plan.scheduled if _is_sampled(item)]
         continuations = [self._continuations[sequence] for sequence in sampled]
         masks = self._masking.submit(compute_masks, continuations, self._grammars)
-        logits = self._runner.run(plan)  # the masks are computed meanwhile
+        logits = self._run(plan)  # the masks are computed meanwhile
+        if logits is None:
+            return
         self._scheduler.complete(plan)
         rows = self._weigh(takers, logits)
         if rows:
             self._sample(sampled, logits[rows], masks.result())
+
+    def _run(self, plan: StepPlan) -> torch.Tensor | None:
+        """Run a step; None where device memory does not suffice, and smaller steps may do."""
+        try:
+            return self._runner.run(plan)
+        except torch.OutOfMemoryError:
+            if sum(item.num_tokens for item in plan.scheduled) < MIN_STEP_TOKENS:
+                raise
+            logger.warning("out of device memory, halving the step num_seqs=%d", len(plan.scheduled))
+        # Outside of `except`: its traceback would keep the failed step's tensors alive.
+        self._scheduler.give_up_step()
+        torch.cuda.empty_cache()
+        return None
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor, masks: TokenMasks) -> None:
         """Let sequences grow by a token each, and by those that their grammars then force."""

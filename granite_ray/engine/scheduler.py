@@ -6,7 +6,7 @@ decides, see `_precedence`.
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from granite_ray.engine.cache import Cache
@@ -94,6 +94,20 @@ class Scheduler:
             else:
                 self._cache.advance(sequence, scheduled.num_tokens)
         self._cache.end_step()
+
+    def give_up_step(self) -> None:
+        """Take note that a planned step failed for lack of memory: plan half as much from now on.
+
+        All sequences wait and compute again what the cache does not hold; a state may have moved.
+        """
+        while self._running:
+            self._preempt(self._running.pop())
+        self._cache.give_up_step()
+        self._limits = replace(
+            self._limits,
+            max_num_batched_tokens=max(1, self._limits.max_num_batched_tokens // 2),
+            max_num_branch_tokens=max(1, self._limits.max_num_branch_tokens // 2),
+        )
 
     def finish(self, sequence: Sequence) -> None:
         """Let go of a sequence, done or cancelled, between two steps."""
