@@ -17,8 +17,8 @@ from tests.invariants import check_output, report_of, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-TIMEOUT_S = 8.0
-"""Longer than a replica takes to start on a busy machine."""
+TIMEOUT_S = 20.0
+"""Far longer than a replica takes to start on a busy machine."""
 BOUND = {"scheduling_timeout_s": TIMEOUT_S}
 
 
@@ -36,7 +36,9 @@ def test_a_replica_whose_engine_hangs_is_replaced_and_every_document_answered(
     source = write_corpus(tmp_path / "in", num_files=1)
     run_job(make_config(source, tmp_path / "undisturbed"))
     engines = HangingEngines(trace, num_hanging=1)
-    report = run_job(make_config(source, tmp_path / "out", job=BOUND), make_engine=engines)
+    # Shorter than elsewhere, for a test that runs by default: all that starts has just run before.
+    config = make_config(source, tmp_path / "out", job={"scheduling_timeout_s": 10})
+    report = run_job(config, make_engine=engines)
     assert report.exit_code == 0
     assert report.worker_deaths >= 1
     assert len(engines.traced.replicas()) == 2
@@ -84,11 +86,17 @@ def test_an_upload_that_takes_long_is_no_hang(tmp_path: Path) -> None:
 def test_engines_that_always_hang_end_the_run_after_bounded_deaths_with_the_cause(
     tmp_path: Path, trace: str
 ) -> None:
-    config = make_config(write_corpus(tmp_path / "in"), tmp_path / "out", job=BOUND)
+    config = make_config(
+        write_corpus(tmp_path / "in"),
+        tmp_path / "out",
+        source={"documents_per_shard": 5},  # 12 shards are inside three replicas at once
+        engine={"num_replicas": 3},
+        job=BOUND,
+    )
     engines = HangingEngines(trace, num_hanging=10**6)
     with pytest.raises(InfrastructureError, match=r"died 21 times .* The engine hangs: ") as stop:
         run_job(config, make_engine=engines)
-    assert "no step for 8 s (job.scheduling_timeout_s). Look" in str(stop.value)
+    assert "no step for 20 s (job.scheduling_timeout_s). Look" in str(stop.value)
     assert stop.value.exit_code == 75
     assert report_of(tmp_path / "out")["exit_code"] == 75
 
@@ -104,11 +112,9 @@ def test_a_process_that_stands_still_altogether_does_not_hide_behind_an_idle_rep
     engines = HangingEngines(**hanging)
     with driver(tmp_path / "driver", job, ray_address) as run:
         wait_until(lambda: len(engines.traced.replicas()) == 2, run)
-        started = time.monotonic()
-        assert run.wait() == 75, run.output()
-        assert time.monotonic() - started < 6 * TIMEOUT_S
+        assert run.wait(6 * TIMEOUT_S) == 75, run.output()
         assert (
-            "No progress for 16 s (twice job.scheduling_timeout_s), with shards in an engine"
+            "No progress for 40 s (twice job.scheduling_timeout_s), with shards in an engine"
             in (run.output())
         )
     wait_until(lambda: not psutil.pid_exists(engines.traced.replicas()[0][0]), timeout_s=30)
