@@ -23,8 +23,8 @@ from granite_ray.records import (
 )
 from granite_ray.tasks import Task
 
-BATCHES_ADMITTED = 4
-"""Document tokens that may be in flight, in batches of the engine: enough to keep it full."""
+BATCHES_ADMITTED = 16
+"""Document tokens that may be in flight, in steps of the engine: enough to keep it full."""
 
 Mode = Literal["skip", "together", "alone", "one_by_one"]
 

@@ -123,7 +123,7 @@ class ModelConfig(Section):
 class EngineConfig(Section):
     """How one replica runs, and how many there are."""
 
-    backend: Literal["native", "transformers", "fake"] = "transformers"
+    backend: Literal["native", "transformers", "fake"] = "native"
     """`native` is ours, `transformers` the reference; `fake` answers at once, without a model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where the cluster has one."""
@@ -133,9 +133,9 @@ class EngineConfig(Section):
     """Ranks that share the experts of one replica; the backends so far run on one."""
     fake_tokens_per_s: float | None = Field(default=None, gt=0)
     """Speed of the fake backend, prompt and answer tokens together; by default unlimited."""
-    max_num_seqs: int = Field(default=32, gt=0)
+    max_num_seqs: int = Field(default=64, gt=0)
     """Sequences that may run at once in one replica."""
-    max_num_batched_tokens: int = Field(default=16384, gt=0)
+    max_num_batched_tokens: int = Field(default=4096, gt=0)
     """Tokens of one step in one replica; padding counts on the `transformers` backend."""
     block_size: int = Field(default=16, gt=0)
     """Token positions of one block of the cache; prefixes are shared in whole blocks."""
