@@ -120,10 +120,8 @@ def _read(
     if is_kin_LL is not None:
         scores_GLL.mul_(is_kin_LL)
     # Above the diagonal the difference is positive and could overflow: there the score is 0.
-    decayed_HL = decayed_LH.T
-    weights_HLL = tokens.x_LHM.new_empty(len(decayed_HL), num_tokens, num_tokens)
-    torch.sub(decayed_HL[:, :, None], decayed_HL[:, None], out=weights_HLL)
-    weights_HLL.clamp_max_(0.0).exp_()
+    decayed_HL = decayed_LH.T.contiguous()
+    weights_HLL = (decayed_HL[:, :, None] - decayed_HL[:, None]).float().clamp_max_(0.0).exp_()
     weights_HLL.view(num_groups, -1, num_tokens, num_tokens).mul_(scores_GLL[:, None])
     dx_LHM = tokens.x_LHM * tokens.dt_LH[..., None]
     read_LHM = torch.bmm(weights_HLL, dx_LHM.transpose(0, 1)).transpose(0, 1)
