@@ -56,7 +56,7 @@ class GraniteModel(nn.Module):
         for layer in self.layers:
             layer(x_TD, batch, plan, state, self.workspace)
             self.num_layers_run += 1
-        normed_LD = self.norm(x_TD[batch.logits_indices_L])
+        normed_LD = self.norm(x_TD[batch.logits_indices_L], self.workspace)
         head = self.embed_tokens if architecture.tie_word_embeddings else self.lm_head
         logits_LV = self.workspace.take("logits", (len(normed_LD), architecture.vocab_size), x_TD)
         head(normed_LD, logits_LV)
@@ -94,10 +94,10 @@ class DecoderLayer(nn.Module):
         state: ModelState,
         workspace: Workspace,
     ) -> None:
-        normed_TD = self.input_layernorm(x_TD)
+        normed_TD = self.input_layernorm(x_TD, workspace)
         mixed_TD = self._mix(normed_TD, batch, plan, state, workspace)
         x_TD.add_(mixed_TD, alpha=self.residual_multiplier)
-        normed_TD = self.post_attention_layernorm(x_TD)
+        normed_TD = self.post_attention_layernorm(x_TD, workspace)
         for feed_forward in self.feed_forwards:
             x_TD.add_(feed_forward(normed_TD, workspace), alpha=self.residual_multiplier)
 

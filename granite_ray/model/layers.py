@@ -17,9 +17,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, eps=self.eps)
-        return normed_TD.to(x_TD.dtype) * self.weight
+    def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        shape = tuple(x_TD.shape)
+        wide_TD = workspace.take("norm_wide", shape, x_TD, torch.float32).copy_(x_TD)
+        lengths_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
+        wide_TD.mul_((lengths_T1.square() / shape[1] + self.eps).rsqrt())
+        return workspace.take("norm_out", shape, x_TD).copy_(wide_TD).mul_(self.weight)
 
 
 class Linear(nn.Module):

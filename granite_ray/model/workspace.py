@@ -15,7 +15,13 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        like: torch.Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         """Return the buffer `name` in this shape, its content undefined, of the kind of `like`.
 
         It is the caller's until the same name is taken again: a name belongs to one place in the
@@ -24,6 +30,6 @@ class Workspace:
         num_elements = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < num_elements:
-            buffer = torch.empty(num_elements, dtype=like.dtype, device=like.device)
+            buffer = torch.empty(num_elements, dtype=dtype or like.dtype, device=like.device)
             self._buffers[name] = buffer
         return buffer[:num_elements].view(shape)
