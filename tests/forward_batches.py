@@ -15,11 +15,11 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Turn:
-    """Tokens that one sequence contributes to a step; with `branch_lens` they are its branches."""
+    """Tokens that one sequence contributes to a step; with `parents` they are a trie."""
 
     seq_id: int
     token_ids: Sequence[int]
-    branch_lens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Stepper:
             zip(map(id, ordered), logits.split([len(t.token_ids) for t in ordered]), strict=True)
         )
         for turn in turns:
-            if not turn.branch_lens:
+            if not turn.parents:
                 self.num_cached[turn.seq_id] += len(turn.token_ids)
         return [pieces[id(turn)] for turn in turns]
 
@@ -97,20 +97,20 @@ class Stepper:
 
     def _is_decode(self, turn: Turn) -> bool:
         is_later = self.num_cached.get(turn.seq_id, 0) > 0
-        return len(turn.token_ids) == 1 and is_later and not turn.branch_lens
+        return len(turn.token_ids) == 1 and is_later and not turn.parents
 
     def _segment(self, turn: Turn) -> Segment:
         if turn.seq_id not in self.slots:
             self.slots[turn.seq_id] = self.free_slots.pop()
             self.num_cached[turn.seq_id], self.block_tables[turn.seq_id] = 0, []
         num_cached = self.num_cached[turn.seq_id]
-        num_kept = num_cached + (0 if turn.branch_lens else len(turn.token_ids))
+        num_kept = num_cached + (0 if turn.parents else len(turn.token_ids))
         while len(self.block_tables[turn.seq_id]) * BLOCK_SIZE < num_kept:
             self.block_tables[turn.seq_id].append(self.free_blocks.pop())
-        return Segment(len(turn.token_ids), num_cached, self.slots[turn.seq_id], turn.branch_lens)
+        return Segment(len(turn.token_ids), num_cached, self.slots[turn.seq_id], turn.parents)
 
     def _slot_mapping(self, turn: Turn, segment: Segment) -> list[int]:
-        if turn.branch_lens:
+        if turn.parents:
             return [-1] * segment.num_tokens
         table = self.block_tables[turn.seq_id]
         return [
@@ -120,5 +120,11 @@ class Stepper:
 
 
 def _positions(segment: Segment) -> list[int]:
-    lens = segment.branch_lens or (segment.num_tokens,)
-    return [segment.num_cached_tokens + offset for length in lens for offset in range(length)]
+    if not segment.parents:
+        return list(
+            range(segment.num_cached_tokens, segment.num_cached_tokens + segment.num_tokens)
+        )
+    positions: list[int] = []
+    for parent in segment.parents:
+        positions.append(segment.num_cached_tokens if parent < 0 else positions[parent] + 1)
+    return positions

@@ -162,7 +162,7 @@ class NativeCore:
         except torch.OutOfMemoryError:
             if sum(item.num_tokens for item in plan.scheduled) < MIN_STEP_TOKENS:
                 raise
-            logger.warning("out of device memory, halving the step num_seqs=%d", len(plan.scheduled))
+            logger.warning("out of device memory, halving steps num_seqs=%d", len(plan.scheduled))
         # Outside of `except`: its traceback would keep the failed step's tensors alive.
         self._scheduler.give_up_step()
         torch.cuda.empty_cache()

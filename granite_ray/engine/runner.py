@@ -101,7 +101,7 @@ def _map_slots(
     block_size: int,
 ) -> torch.Tensor:
     """Return where in the cache each token is written, -1 where it is not."""
-    is_written = torch.tensor([not segment.branch_lens for segment in segments])
+    is_written = torch.tensor([not segment.parents for segment in segments])
     num_tokens = torch.tensor([segment.num_tokens for segment in segments])
     rows_T = torch.arange(len(segments)).repeat_interleave(num_tokens)
     blocks_T = block_tables_SB[rows_T, _within(positions_T // block_size, block_tables_SB)]

@@ -92,7 +92,7 @@ def plan_attention(
     rotation = None
     if theta is not None:
         rotation = rotation_tables(batch.positions_T, theta, architecture.head_dim, cache.dtype)
-    has_branches = any(segment.branch_lens for segment in batch.segments)
-    written_W = batch.slot_mapping_T.ge(0).nonzero()[:, 0] if has_branches else None
+    has_tries = any(segment.parents for segment in batch.segments)
+    written_W = batch.slot_mapping_T.ge(0).nonzero()[:, 0] if has_tries else None
     slots_W = batch.slot_mapping_T if written_W is None else batch.slot_mapping_T[written_W]
     return AttentionPlan(plan_parts(batch, cache), written_W, slots_W, rotation)

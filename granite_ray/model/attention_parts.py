@@ -1,4 +1,4 @@
-"""What the tokens of a step attend to: all that differs between runs, branches and devices.
+"""What the tokens of a step attend to: all that differs between runs, tries and devices.
 
 On a CPU every segment is a part, and its keys and values are copied together for
 `scaled_dot_product_attention`; on CUDA one part reads the cache in place for all runs.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn_out
 
 from granite_ray.model.batch import ForwardBatch, Segment
+from granite_ray.model.trie import visible_nodes
 from granite_ray.model.workspace import Workspace
 
 QUERY_BLOCK = 256
@@ -55,8 +56,8 @@ def _sdpa_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionP
     start = 0
     for segment, block_table_B in zip(batch.segments, batch.block_tables_SB, strict=True):
         stop = start + segment.num_tokens
-        if segment.branch_lens:
-            yield _branch_part(segment, slice(start, stop), block_table_B, cache)
+        if segment.parents:
+            yield _trie_part(segment, slice(start, stop), block_table_B, cache)
         else:
             num_keys = segment.num_cached_tokens + segment.num_tokens
             cached = CachedKeys(block_table_B[: _num_blocks(num_keys, cache)], num_keys)
@@ -65,10 +66,10 @@ def _sdpa_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionP
 
 
 def _varlen_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionPart]:
-    """Return one part for all segments, and then one for each that has branches."""
+    """Return one part for all segments, and then one for each trie."""
     yield _varlen_part(batch)
     for segment, part in zip(batch.segments, _sdpa_parts(batch, cache), strict=True):
-        if segment.branch_lens:
+        if segment.parents:
             yield part
 
 
@@ -126,8 +127,8 @@ class RunPart:
 
 
 @dataclass(frozen=True, slots=True)
-class BranchPart:
-    """A segment's branches: each sees what is cached and itself; nothing of them is cached."""
+class TriePart:
+    """A trie: each token sees what is cached and its ancestors; nothing of it is cached."""
 
     tokens: slice
     cached: CachedKeys
@@ -181,19 +182,17 @@ def _causal_mask(max_num_keys: int, like: torch.Tensor) -> torch.Tensor:
     return mask_QK
 
 
-def _branch_part(
+def _trie_part(
     segment: Segment, tokens: slice, block_table_B: torch.Tensor, cache: torch.Tensor
-) -> BranchPart:
+) -> TriePart:
     num_tokens, num_cached = segment.num_tokens, segment.num_cached_tokens
-    lens = torch.tensor(segment.branch_lens, device=cache.device)
-    branch_T = torch.arange(len(lens), device=cache.device).repeat_interleave(lens)
-    is_hidden_TT = branch_T[:, None].eq(branch_T).tril().logical_not()
+    is_hidden_TT = ~visible_nodes(segment.parents, cache.device)
     mask_TK = torch.zeros(
         num_tokens, num_cached + num_tokens, dtype=cache.dtype, device=cache.device
     )
     mask_TK[:, num_cached:].masked_fill_(is_hidden_TT, -torch.inf)
     cached = CachedKeys(block_table_B[: _num_blocks(num_cached, cache)], num_cached)
-    return BranchPart(tokens, cached, mask_TK)
+    return TriePart(tokens, cached, mask_TK)
 
 
 # varlen_attn ─────────────────────────────────────────────────────────────────────────────────────
@@ -203,7 +202,7 @@ def _branch_part(
 class VarlenPart:
     """All segments of a step in one call that reads the paged cache in place.
 
-    Branches get what their whole segment would see; a part of their own comes after this one.
+    Tries get what a run would see; a part of their own comes after this one.
     Needs CUDA; not yet run on any.
     """
 
@@ -236,7 +235,7 @@ def _varlen_part(batch: ForwardBatch) -> VarlenPart:
     device = batch.token_ids_T.device
     segment_lens = [segment.num_tokens for segment in batch.segments]
     context_lens = [
-        segment.num_cached_tokens + (0 if segment.branch_lens else segment.num_tokens)
+        segment.num_cached_tokens + (0 if segment.parents else segment.num_tokens)
         for segment in batch.segments
     ]
     return VarlenPart(

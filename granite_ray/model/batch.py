@@ -17,32 +17,32 @@ class Segment:
 
     `num_cached_tokens` tokens of it are in the cache already; the segment's own follow them.
 
-    Without `branch_lens` the segment's tokens are one run: their keys and values are written to
-    the sequence's blocks and its Mamba state moves on. With `branch_lens` they are so many
-    branches, one after the other, each of which continues the cached tokens by itself and sees no
-    other branch; nothing of them is written.
+    Without `parents` the segment's tokens are one run: their keys and values are written to the
+    sequence's blocks and its Mamba state moves on. With `parents` they are a trie, each token after
+    its parent: -1 stands for the cached tokens, and parents stand before their children. A token
+    of a trie sees what is cached and its ancestors; nothing of a trie is written.
     """
 
     num_tokens: int
     num_cached_tokens: int
     state_slot: int = -1
-    branch_lens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's tokens.
 
-    The first `num_decodes` segments have one token each, no branches, and at least one cached
-    token. A run with no cached tokens starts from empty Mamba state, whatever its slot holds.
+    The first `num_decodes` segments are runs of one token after at least one cached token. A run
+    with no cached tokens starts from empty Mamba state, whatever its slot holds.
 
     Attributes:
         token_ids_T: int64.
-        positions_T: int64; a branch's first token has position `num_cached_tokens`.
+        positions_T: int64; a trie's first tokens have position `num_cached_tokens`.
         slot_mapping_T: int64; where each token's key and value are written: block id times block
-            size plus offset; -1 for tokens of branches.
+            size plus offset; -1 for tokens of tries.
         block_tables_SB: int32, padded with 0; block ids of each segment's sequence in order, those
-            for the segment's own tokens included (branches need none).
+            for the segment's own tokens included (tries need none).
         logits_indices_L: int64, positions in T whose logits are wanted.
     """
 

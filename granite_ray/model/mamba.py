@@ -1,7 +1,7 @@
 """The Mamba2 mixer: projections, causal convolution, state-space recurrence, gated norm.
 
 Takes all segments of a forward batch: decodes in one go, runs in pieces from the state in their
-slot, branches from that state without moving it. The recurrence itself is in `mamba_scan`.
+slot, tries from that state without moving it. The recurrence itself is in `mamba_scan`.
 """
 
 # T tokens, L tokens of a piece, S decodes, Z state slots, D hidden size, I inner channels,
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.batch import ForwardBatch, Segment
-from granite_ray.model.mamba_scan import ScanInputs, scan, scan_branches, step_each, step_together
+from granite_ray.model.mamba_scan import ScanInputs, scan, scan_trie, step_each, step_together
+from granite_ray.model.trie import convolution_windows, visible_nodes
 
 SCAN_LENGTH = 64
 """The most tokens of a piece. Any number gives the same answer; this one keeps it in the cache."""
@@ -41,10 +42,6 @@ class SlotState:
 
     conv_CW: torch.Tensor
     ssm_HMR: torch.Tensor
-
-    def clone(self) -> "SlotState":
-        """Return a copy that can be moved without moving this one."""
-        return SlotState(self.conv_CW.clone(), self.ssm_HMR.clone())
 
 
 class MambaMixer(nn.Module):
@@ -93,7 +90,11 @@ class MambaMixer(nn.Module):
         for segment in batch.segments[num_decodes:]:
             stop = start + segment.num_tokens
             state = _start_state(segment, conv_state, ssm_state)
-            self._prefill(segment, projected.rows(start, stop), state, y_TI[start:stop])
+            rows = projected.rows(start, stop)
+            if segment.parents:
+                y_TI[start:stop] = self._trie(rows, segment.parents, state)
+            else:
+                self._run(rows, state, y_TI[start:stop])
             start = stop
         y_TD: torch.Tensor = self.out_proj(y_TI)
         return y_TD
@@ -116,22 +117,6 @@ class MambaMixer(nn.Module):
         step = step_each if ssm_state.is_cpu else step_together
         return self._finish(step(tokens, ssm_state, slots), tokens, projected.gate_TI)
 
-    def _prefill(
-        self, segment: Segment, projected: Projected, state: SlotState, out_TI: torch.Tensor
-    ) -> None:
-        if not segment.branch_lens:
-            self._run(projected, state, out_TI)
-            return
-        start = 0
-        for lens in _fold(segment.branch_lens, self.scan_length):
-            stop = start + sum(lens)
-            folded, out = projected.rows(start, stop), out_TI[start:stop]
-            if stop - start > self.scan_length:
-                self._run(folded, state.clone(), out)
-            else:
-                out.copy_(self._branches(folded, lens, state))
-            start = stop
-
     def _run(self, projected: Projected, state: SlotState, out_TI: torch.Tensor) -> None:
         """Take one run in pieces; the state moves on in place."""
         num_tokens = out_TI.shape[0]
@@ -144,16 +129,17 @@ class MambaMixer(nn.Module):
             y_LHM = scan(tokens, state.ssm_HMR)
             out_TI[start:stop] = self._finish(y_LHM, tokens, piece.gate_TI)
 
-    def _branches(self, projected: Projected, lens: list[int], state: SlotState) -> torch.Tensor:
-        """Take branches that fit in one piece together; the state stays."""
-        windows = [
-            torch.cat([state.conv_CW.T, channels])
-            for channels in projected.channels_TC.split_with_sizes(lens)
-        ]
-        convolved_LC = torch.cat([self.conv1d(window_XC) for window_XC in windows])
-        tokens = self._scan_inputs(convolved_LC, projected.dt_TH)
-        y_LHM = scan_branches(tokens, lens, state.ssm_HMR)
-        return self._finish(y_LHM, tokens, projected.gate_TI)
+    def _trie(
+        self, projected: Projected, parents: tuple[int, ...], state: SlotState
+    ) -> torch.Tensor:
+        """Take a trie in one piece; the state stays."""
+        device = projected.dt_TH.device
+        inputs_XC = torch.cat([state.conv_CW.T, projected.channels_TC])
+        windows_NK = convolution_windows(parents, self.conv1d.weight.shape[2], device)
+        window_NCK = inputs_XC[windows_NK].transpose(1, 2)
+        tokens = self._scan_inputs(self.conv1d.newest(window_NCK), projected.dt_TH)
+        y_NHM = scan_trie(tokens, visible_nodes(parents, device), state.ssm_HMR)
+        return self._finish(y_NHM, tokens, projected.gate_TI)
 
     def _scan_inputs(self, convolved_LC: torch.Tensor, dt_LH: torch.Tensor) -> ScanInputs:
         architecture = self.architecture
@@ -240,24 +226,13 @@ def _make_linear(in_size: int, out_size: int, has_bias: bool) -> nn.Linear:
 def _start_state(segment: Segment, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> SlotState:
     """Return the state that the segment's tokens continue.
 
-    A fresh run clears its slot, which it is about to fill; fresh branches may not.
+    A fresh run clears its slot, which it is about to fill; a fresh trie may not.
     """
     state = SlotState(conv_state[segment.state_slot], ssm_state[segment.state_slot])
     if segment.num_cached_tokens:
         return state
-    if segment.branch_lens:
+    if segment.parents:
         return SlotState(torch.zeros_like(state.conv_CW), torch.zeros_like(state.ssm_HMR))
     state.conv_CW.zero_()
     state.ssm_HMR.zero_()
     return state
-
-
-def _fold(branch_lens: tuple[int, ...], max_tokens: int) -> list[list[int]]:
-    """Put neighbours together while they fit; a branch that is longer stays alone."""
-    folds: list[list[int]] = []
-    for num_tokens in branch_lens:
-        if folds and sum(folds[-1]) + num_tokens <= max_tokens:
-            folds[-1].append(num_tokens)
-        else:
-            folds.append([num_tokens])
-    return folds

@@ -75,20 +75,15 @@ def scan(tokens: ScanInputs, state_HMR: torch.Tensor) -> torch.Tensor:
     return y_LHM
 
 
-def scan_branches(
-    tokens: ScanInputs, branch_lens: Sequence[int], state_HMR: torch.Tensor
+def scan_trie(
+    tokens: ScanInputs, is_seen_LL: torch.Tensor, state_HMR: torch.Tensor
 ) -> torch.Tensor:
-    """Return what the tokens of branches read, [L, H, M], if each branch starts at the one state.
+    """Return what the tokens of a trie read, [L, H, M], if its first ones start at the one state.
 
-    The branches lie one after the other and are one piece together, in which no token sees those
-    of another branch. The state stays as it is.
+    They are one piece, in which a token sees its ancestors and itself. The state stays as it is.
     """
-    device = state_HMR.device
-    lens = torch.tensor(branch_lens, device=device)
-    branch_L = torch.arange(len(branch_lens), device=device).repeat_interleave(lens)
-    is_kin_LL = branch_L[:, None] == branch_L
-    decayed_LH = is_kin_LL.tril().double() @ tokens.log_decay_LH.double()
-    return _read(tokens, decayed_LH, state_HMR, is_kin_LL)
+    decayed_LH = is_seen_LL.double() @ tokens.log_decay_LH.double()
+    return _read(tokens, decayed_LH, state_HMR, is_seen_LL)
 
 
 def _step(tokens: ScanInputs, state_SHMR: torch.Tensor) -> torch.Tensor:
@@ -106,19 +101,19 @@ def _read(
     tokens: ScanInputs,
     decayed_LH: torch.Tensor,
     state_HMR: torch.Tensor,
-    is_kin_LL: torch.Tensor | None = None,
+    is_seen_LL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what each token reads of the carried state, and of the tokens up to itself.
 
     `decayed_LH` is the logarithm of the decay since the carried state, in float64: sums of
     thousands are subtracted below, and what is left must be right to the digits of float32.
-    `is_kin_LL` is False where one token must not read another.
+    `is_seen_LL` is False where one token must not read another.
     """
     num_tokens, num_groups, state_size = tokens.C_LGR.shape
     C_GLR = tokens.C_LGR.transpose(0, 1)
     scores_GLL = torch.bmm(C_GLR, tokens.B_LGR.permute(1, 2, 0)).tril_()
-    if is_kin_LL is not None:
-        scores_GLL.mul_(is_kin_LL)
+    if is_seen_LL is not None:
+        scores_GLL.mul_(is_seen_LL)
     # Above the diagonal the difference is positive and could overflow: there the score is 0.
     decayed_HL = decayed_LH.T.contiguous()
     weights_HLL = (decayed_HL[:, :, None] - decayed_HL[:, None]).float().clamp_max_(0.0).exp_()

@@ -1,5 +1,6 @@
 """The Mamba2 mixer against transformers' own layer, which sees whole sequences one by one."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -119,7 +120,7 @@ class Layer:
 
 
 def is_decode(segment: Segment) -> bool:
-    return segment.num_tokens == 1 and segment.num_cached_tokens > 0 and not segment.branch_lens
+    return segment.num_tokens == 1 and segment.num_cached_tokens > 0 and not segment.parents
 
 
 def make_batch(segments: Sequence[Segment], num_decodes: int) -> ForwardBatch:
@@ -235,19 +236,20 @@ def test_mixed_batch_equals_its_sequences_alone() -> None:
 
 
 @pytest.mark.parametrize("num_cached", [0, 2, 50])
-def test_branches_continue_the_cached_tokens_by_themselves(num_cached: int) -> None:
+def test_each_token_of_a_trie_continues_its_ancestors(num_cached: int) -> None:
     layer = make_layer(make_architecture(num_groups=2))
-    branch_lens = (1, 3, 1, 2 * SCAN_LENGTH + 9, 7, SCAN_LENGTH, 2, 40, 30)
-    prompt = make_tokens(num_cached)
+    numbers = random.Random(num_cached)
+    parents = tuple(numbers.randrange(max(-1, node - 9), node) for node in range(40))
+    prompt, tokens = make_tokens(num_cached), make_tokens(40, seed=1)
     if num_cached:
         layer.run([Segment(num_cached, 0, 3)], prompt)
     before = layer.conv_state.clone(), layer.ssm_state.clone()
-    branches = [make_tokens(num, seed=index) for index, num in enumerate(branch_lens)]
-    segment = Segment(sum(branch_lens), num_cached, 3, branch_lens)
-    (actual,) = layer.run([segment], *branches)
-    expected = [layer.expect(torch.cat([prompt, branch]))[num_cached:] for branch in branches]
-    for one, other in zip(actual.split(branch_lens), expected, strict=True):
-        check_close(one, other)
+    (actual,) = layer.run([Segment(40, num_cached, 3, parents)], tokens)
+    for node in range(40):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        check_close(actual[node], layer.expect(torch.cat([prompt, tokens[path]]))[-1])
     assert_same_bits((layer.conv_state, layer.ssm_state), before)
 
 
@@ -256,7 +258,12 @@ def test_only_the_slots_of_runs_and_decodes_change() -> None:
     layer.conv_state.normal_()
     layer.ssm_state.normal_()
     before = layer.conv_state.clone(), layer.ssm_state.clone()
-    segments = [Segment(1, 9, 4), Segment(70, 0, 1), Segment(6, 9, 2, (2, 4)), Segment(3, 9, 0)]
+    segments = [
+        Segment(1, 9, 4),
+        Segment(70, 0, 1),
+        Segment(6, 9, 2, (-1, 0, -1, 2, 3, 4)),
+        Segment(3, 9, 0),
+    ]
     layer.run(segments, make_tokens(80))
     for states, old in zip((layer.conv_state, layer.ssm_state), before, strict=True):
         is_changed = [not torch.equal(states[slot], old[slot]) for slot in range(NUM_SLOTS)]

@@ -1,9 +1,12 @@
 """The recurrence in pieces against the recurrence written out, token by token, in float64."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
-from granite_ray.model.mamba_scan import ScanInputs, scan, scan_branches, step_each, step_together
+from granite_ray.model.mamba_scan import ScanInputs, scan, scan_trie, step_each, step_together
+from granite_ray.model.trie import visible_nodes
 
 NUM_HEADS, HEAD_SIZE, STATE_SIZE = 6, 5, 7
 # float32 against float64; sums of about a hundred terms.
@@ -75,15 +78,15 @@ def test_scan_stays_exact_where_states_are_forgotten_at_once() -> None:
     check_close(state, expected_state)
 
 
-def test_each_branch_reads_as_if_it_were_alone() -> None:
-    branch_lens = (3, 1, 1, 20, 6)
-    tokens, state = make_tokens(sum(branch_lens)), make_state()
+def test_each_token_of_a_trie_reads_as_the_last_of_its_path() -> None:
+    parents = (-1, 0, 1, -1, 3, 3, 5, 1, 0)
+    paths = ([0], [0, 1], [0, 1, 2], [3], [3, 4], [3, 5], [3, 5, 6], [0, 1, 7], [0, 8])
+    tokens, state = make_tokens(len(parents)), make_state()
     before = state.clone()
-    actual = scan_branches(tokens, branch_lens, state)
-    start = 0
-    for branch, num_tokens in zip(actual.split(branch_lens), branch_lens, strict=True):
-        check_close(branch, recur(cut(tokens, start, start + num_tokens), before)[0])
-        start += num_tokens
+    actual = scan_trie(tokens, visible_nodes(parents, torch.device("cpu")), state)
+    for one, path in zip(actual, paths, strict=True):
+        rows = (getattr(tokens, field.name)[path] for field in fields(tokens))
+        check_close(one, recur(ScanInputs(*rows), before)[0][-1])
     assert torch.equal(state, before)
 
 
