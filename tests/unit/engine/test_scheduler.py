@@ -177,6 +177,14 @@ def test_common_prefix_of_requests_that_arrive_at_once_is_computed_once(num_slot
     assert simulation.num_computed == 256 + 32
 
 
+def test_prefix_is_waited_for_also_while_it_takes_several_steps() -> None:
+    simulation = Simulation(limits(), num_blocks=64, block_size=4, num_slots=12)
+    for token in (97, 98):
+        simulation.add((*numbers(0, 16), token), junctions=(8, 16))
+    plans = [counts(plan) for plan in simulation.run()]
+    assert plans == [[(0, 8)], [(0, 8)], [(0, 1), (1, 1)]]
+
+
 def test_others_pass_those_that_wait_for_a_prefix() -> None:
     simulation = Simulation(limits(), num_blocks=64, block_size=4)
     for token in (97, 98):
