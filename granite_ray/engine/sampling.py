@@ -113,7 +113,7 @@ def weigh_tokens(logits_SV: torch.Tensor, samplings: Sequence[SamplingParams]) -
 
     Temperature, `top_k`, `top_p`, `min_p`, in this order and with the meaning they have in
     transformers' generate; but `top_p` keeps tokens that are exactly as likely as the last it
-    needs, so that no order of sorting decides. A row's weights have no particular sum.
+    needs, so that no order of sorting decides. The likeliest token weighs 1, whatever the sum.
     """
 
     def column(values: list[float]) -> torch.Tensor:
@@ -129,8 +129,7 @@ def weigh_tokens(logits_SV: torch.Tensor, samplings: Sequence[SamplingParams]) -
         top_p_S1 = column([sampling.top_p for sampling in samplings])
         weights_SV = _keep(weights_SV, _least_of_top_p(weights_SV, top_p_S1))
     if any(sampling.min_p for sampling in samplings):
-        min_p_S1 = column([sampling.min_p for sampling in samplings])
-        weights_SV = _keep(weights_SV, min_p_S1 * weights_SV.amax(dim=-1, keepdim=True))
+        weights_SV = _keep(weights_SV, column([sampling.min_p for sampling in samplings]))
     return weights_SV
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.grammar import GrammarCompiler
@@ -112,6 +113,34 @@ def test_a_flat_distribution_wider_than_the_candidates_is_cut_at_the_right_place
     assert (weights[0] > 0).sum() > 5000
 
 
+def test_a_row_that_keeps_all_loses_none_beside_one_that_keeps_few():
+    logits = 0.3 * random_logits(2, vocab_size=9000)
+    weights = weigh_tokens(logits, [SamplingParams(1, 1.0, top_p=0.1), SamplingParams(1, 1.0)])
+    assert 0 < (weights[0] > 0).sum() < 1000
+    assert (weights[1] > 0).all()
+
+
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_the_repetition_penalty_is_that_of_transformers(start, penalty):
+    logits = random_logits(3)
+    seen = [*PROMPT.token_ids, 40, 41, 40, 31]
+    assert {float(logits[0, token_id]) > 0 for token_id in seen} == {True, False}
+    scores = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[:1])
+    continuations = [
+        start(SamplingParams(9, repetition_penalty=penalty)),
+        start(SamplingParams(9)),
+        start(SamplingParams(9, repetition_penalty=2 * penalty)),
+    ]
+    for token_id in seen[len(PROMPT.token_ids) :]:
+        continuations[0].append(token_id)
+    penalized = logits.clone()
+    penalize_repetition(penalized, continuations)
+    torch.testing.assert_close(penalized[:1], scores)
+    assert torch.equal(penalized[1], logits[1])
+    changed = (penalized[2] != logits[2]).nonzero()[:, 0].tolist()
+    assert changed == sorted(set(PROMPT.token_ids))
+
+
 def test_top_p_keeps_all_tokens_that_are_as_likely_as_the_last_it_needs():
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 2.0, 0.0]])
     weights = weigh_tokens(logits, [SamplingParams(1, temperature=1.0, top_p=0.3)])
@@ -162,6 +191,17 @@ def test_tokens_are_drawn_as_often_as_their_weights_say(start, name):
     counts = np.bincount(drawn, minlength=VOCAB_SIZE)
     assert counts[expected == 0].sum() == 0
     assert abs(chi_square_excess(counts, expected)) < 4
+
+
+def test_the_ends_of_a_distribution_are_tokens_that_the_filters_leave(start):
+    logits = random_logits(1)
+    weights = weigh_tokens(logits, [WISHES["top_k"]])
+    first, *_, last = weights[0].nonzero()[:, 0].tolist()
+    assert 0 < first < last < VOCAB_SIZE - 1
+    for number, token_id in ((0.0, first), (math.nextafter(1.0, 0.0), last)):
+        continuation = start(WISHES["top_k"])
+        continuation.number = number
+        assert choose_tokens(logits, [continuation], {}) == [token_id]
 
 
 def test_the_numbers_along_one_text_are_drawn_evenly_and_do_not_hang_together(start):
@@ -278,6 +318,15 @@ def test_logprobs_are_those_of_the_raw_logits(start, grammars, num_logprobs):
         assert [token_id for token_id, _ in found[row].top] == ranked[:num_logprobs]
         for token_id, logprob in found[row].top:
             assert logprob == pytest.approx(float(expected[token_id]), abs=1e-5)
+
+
+def test_neighbours_get_as_many_alternatives_as_each_asks_for(start):
+    wanted = [3, None, 0, 1]
+    logits = random_logits(len(wanted))
+    continuations = [start(SamplingParams(9, num_logprobs=number)) for number in wanted]
+    found = read_logprobs(logits, choose_tokens(logits, continuations, {}), continuations)
+    assert [entry and len(entry.top) for entry in found] == wanted
+    assert found[3].top == ((found[3].token_id, found[3].logprob),)
 
 
 def test_greedy_text_with_a_repetition_penalty_equals_that_of_transformers(
