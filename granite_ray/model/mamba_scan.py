@@ -5,13 +5,16 @@ form, like attention without softmax; from piece to piece only the state is carr
 of projections and batches.
 """
 
-# L tokens of a piece, S sequences, Z state slots, H heads, M head size, R state size,
-# G groups of heads that share B and C, Q heads of a group; QM = Q * M is the same memory seen flat
+# L tokens of a piece, N of them that read, S sequences, Z state slots, H heads, M head size,
+# R state size, G groups of heads that share B and C, Q heads of a group; QM = Q * M, seen flat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+READ_LENGTH = 128
+"""The most tokens of a trie that read at a time: their weights take [H, N, L] numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,15 @@ class ScanInputs:
     dt_LH: torch.Tensor
     log_decay_LH: torch.Tensor
 
-    def row(self, index: int) -> "ScanInputs":
-        """Return one token, the dimension of tokens kept."""
-        row = slice(index, index + 1)
+    def rows(self, start: int, stop: int) -> "ScanInputs":
+        """Return the tokens from `start` up to `stop`."""
+        rows = slice(start, stop)
         return ScanInputs(
-            self.x_LHM[row],
-            self.B_LGR[row],
-            self.C_LGR[row],
-            self.dt_LH[row],
-            self.log_decay_LH[row],
+            self.x_LHM[rows],
+            self.B_LGR[rows],
+            self.C_LGR[rows],
+            self.dt_LH[rows],
+            self.log_decay_LH[rows],
         )
 
 
@@ -50,7 +53,7 @@ def step_each(
     """
     return torch.cat(
         [
-            _step(tokens.row(index), ssm_state_ZHMR[slot : slot + 1])
+            _step(tokens.rows(index, index + 1), ssm_state_ZHMR[slot : slot + 1])
             for index, slot in enumerate(slots)
         ]
     )
@@ -70,7 +73,8 @@ def step_together(
 def scan(tokens: ScanInputs, state_HMR: torch.Tensor) -> torch.Tensor:
     """Move the state along one piece of a run, in place; return what its tokens read, [L, H, M]."""
     decayed_LH = tokens.log_decay_LH.cumsum(0, dtype=torch.float64)
-    y_LHM = _read(tokens, decayed_LH, state_HMR)
+    is_seen_LL = decayed_LH.new_ones(len(decayed_LH), len(decayed_LH), dtype=torch.bool).tril()
+    y_LHM = _read(tokens, decayed_LH, is_seen_LL, state_HMR)
     _advance(tokens, decayed_LH, state_HMR)
     return y_LHM
 
@@ -80,10 +84,16 @@ def scan_trie(
 ) -> torch.Tensor:
     """Return what the tokens of a trie read, [L, H, M], if its first ones start at the one state.
 
-    They are one piece, in which a token sees its ancestors and itself. The state stays as it is.
+    They are one piece, in which a token sees its ancestors and itself, all of them before it. The
+    state stays as it is.
     """
     decayed_LH = is_seen_LL.double() @ tokens.log_decay_LH.double()
-    return _read(tokens, decayed_LH, state_HMR, is_seen_LL)
+    blocks = []
+    for start in range(0, len(is_seen_LL), READ_LENGTH):
+        stop = min(start + READ_LENGTH, len(is_seen_LL))
+        is_seen_NL = is_seen_LL[start:stop, :stop]
+        blocks.append(_read(tokens.rows(0, stop), decayed_LH[:stop], is_seen_NL, state_HMR))
+    return torch.cat(blocks)
 
 
 def _step(tokens: ScanInputs, state_SHMR: torch.Tensor) -> torch.Tensor:
@@ -100,31 +110,30 @@ def _step(tokens: ScanInputs, state_SHMR: torch.Tensor) -> torch.Tensor:
 def _read(
     tokens: ScanInputs,
     decayed_LH: torch.Tensor,
+    is_seen_NL: torch.Tensor,
     state_HMR: torch.Tensor,
-    is_seen_LL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what each token reads of the carried state, and of the tokens up to itself.
+    """Return what the last N tokens read of the carried state and of those they see, [N, H, M].
 
     `decayed_LH` is the logarithm of the decay since the carried state, in float64: sums of
     thousands are subtracted below, and what is left must be right to the digits of float32.
-    `is_seen_LL` is False where one token must not read another.
     """
-    num_tokens, num_groups, state_size = tokens.C_LGR.shape
-    C_GLR = tokens.C_LGR.transpose(0, 1)
-    scores_GLL = torch.bmm(C_GLR, tokens.B_LGR.permute(1, 2, 0)).tril_()
-    if is_seen_LL is not None:
-        scores_GLL.mul_(is_seen_LL)
-    # Above the diagonal the difference is positive and could overflow: there the score is 0.
+    num_read, num_tokens = is_seen_NL.shape
+    num_groups, state_size = tokens.C_LGR.shape[1:]
+    C_GNR = tokens.C_LGR[-num_read:].transpose(0, 1)
+    scores_GNL = torch.bmm(C_GNR, tokens.B_LGR.permute(1, 2, 0)).mul_(is_seen_NL)
+    # Where a token is not seen the difference may be positive and overflow; its score is 0 there.
     decayed_HL = decayed_LH.T.contiguous()
-    weights_HLL = (decayed_HL[:, :, None] - decayed_HL[:, None]).float().clamp_max_(0.0).exp_()
-    weights_HLL.view(num_groups, -1, num_tokens, num_tokens).mul_(scores_GLL[:, None])
+    decay_HNL = decayed_HL[:, -num_read:, None] - decayed_HL[:, None]
+    weights_HNL = decay_HNL.float().clamp_max_(0.0).exp_()
+    weights_HNL.view(num_groups, -1, num_read, num_tokens).mul_(scores_GNL[:, None])
     dx_LHM = tokens.x_LHM * tokens.dt_LH[..., None]
-    read_LHM = torch.bmm(weights_HLL, dx_LHM.transpose(0, 1)).transpose(0, 1)
+    read_NHM = torch.bmm(weights_HNL, dx_LHM.transpose(0, 1)).transpose(0, 1)
 
     state_GQMR = state_HMR.view(num_groups, -1, state_size)
-    carried_LGQM = torch.bmm(C_GLR, state_GQMR.mT).transpose(0, 1)
-    y_LHM = carried_LGQM.reshape(read_LHM.shape).mul_(decayed_LH.exp().float()[..., None])
-    return y_LHM.add_(read_LHM)
+    carried_NGQM = torch.bmm(C_GNR, state_GQMR.mT).transpose(0, 1)
+    y_NHM = carried_NGQM.reshape(read_NHM.shape)
+    return y_NHM.mul_(decayed_LH[-num_read:].exp().float()[..., None]).add_(read_NHM)
 
 
 def _advance(tokens: ScanInputs, decayed_LH: torch.Tensor, state_HMR: torch.Tensor) -> None:

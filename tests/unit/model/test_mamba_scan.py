@@ -1,11 +1,19 @@
 """The recurrence in pieces against the recurrence written out, token by token, in float64."""
 
+import random
 from dataclasses import fields
 
 import pytest
 import torch
 
-from granite_ray.model.mamba_scan import ScanInputs, scan, scan_trie, step_each, step_together
+from granite_ray.model.mamba_scan import (
+    READ_LENGTH,
+    ScanInputs,
+    scan,
+    scan_trie,
+    step_each,
+    step_together,
+)
 from granite_ray.model.trie import visible_nodes
 
 NUM_HEADS, HEAD_SIZE, STATE_SIZE = 6, 5, 7
@@ -45,16 +53,6 @@ def recur(tokens: ScanInputs, state_HMR: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.stack(outputs), state
 
 
-def cut(tokens: ScanInputs, start: int, stop: int) -> ScanInputs:
-    return ScanInputs(
-        tokens.x_LHM[start:stop],
-        tokens.B_LGR[start:stop],
-        tokens.C_LGR[start:stop],
-        tokens.dt_LH[start:stop],
-        tokens.log_decay_LH[start:stop],
-    )
-
-
 def check_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.dtype == torch.float32
     assert actual.shape == expected.shape
@@ -78,16 +76,24 @@ def test_scan_stays_exact_where_states_are_forgotten_at_once() -> None:
     check_close(state, expected_state)
 
 
-def test_each_token_of_a_trie_reads_as_the_last_of_its_path() -> None:
-    parents = (-1, 0, 1, -1, 3, 3, 5, 1, 0)
-    paths = ([0], [0, 1], [0, 1, 2], [3], [3, 4], [3, 5], [3, 5, 6], [0, 1, 7], [0, 8])
-    tokens, state = make_tokens(len(parents)), make_state()
+@pytest.mark.parametrize("num_tokens", [1, 9, READ_LENGTH, READ_LENGTH + 1, 2 * READ_LENGTH + 30])
+def test_each_token_of_a_trie_reads_as_the_last_of_its_path(num_tokens: int) -> None:
+    numbers = random.Random(num_tokens)
+    parents = tuple(numbers.randrange(max(-1, node - 20), node) for node in range(num_tokens))
+    tokens, state = make_tokens(num_tokens), make_state()
     before = state.clone()
     actual = scan_trie(tokens, visible_nodes(parents, torch.device("cpu")), state)
-    for one, path in zip(actual, paths, strict=True):
-        rows = (getattr(tokens, field.name)[path] for field in fields(tokens))
-        check_close(one, recur(ScanInputs(*rows), before)[0][-1])
+    expected = torch.stack([read_after_ancestors(tokens, parents, n) for n in range(num_tokens)])
+    check_close(actual, expected)
     assert torch.equal(state, before)
+
+
+def read_after_ancestors(tokens: ScanInputs, parents: tuple[int, ...], node: int) -> torch.Tensor:
+    path = [node]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    rows = (getattr(tokens, field.name)[path] for field in fields(tokens))
+    return recur(ScanInputs(*rows), make_state())[0][-1]
 
 
 @pytest.mark.parametrize("step", [step_each, step_together])
@@ -97,7 +103,7 @@ def test_step_moves_the_named_slots_by_one_token(step, num_groups: int) -> None:
     tokens, before = make_tokens(len(slots), num_groups), states.clone()
     actual = step(tokens, states, slots)
     for index, slot in enumerate(slots):
-        expected, expected_state = recur(cut(tokens, index, index + 1), before[slot])
+        expected, expected_state = recur(tokens.rows(index, index + 1), before[slot])
         check_close(actual[index], expected[0])
         check_close(states[slot], expected_state)
     for slot in set(range(6)) - set(slots):
