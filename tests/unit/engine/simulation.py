@@ -32,6 +32,7 @@ class Simulation:
         self.live: dict[int, Sequence] = {}
         self.finished: list[int] = []
         self.num_computed = 0
+        self.is_broken = False  # a step was not ended: what comes after it means nothing
         self._jumps: dict[int, list[int]] = {}
         self._num_added = 0
         self._keys: dict[tuple[int, int], Tokens] = {}
@@ -67,6 +68,7 @@ class Simulation:
 
     def step(self) -> StepPlan:
         """Run one step as the engine does, and check all that can be checked on the way."""
+        self.is_broken = True
         running_before = self._running()
         plan = self.scheduler.schedule()
         self._check_plan(plan, running_before)
@@ -81,6 +83,7 @@ class Simulation:
         for sequence in needing_logits:
             self._sample(sequence)
         self.check_ownership()
+        self.is_broken = False
         return plan
 
     def run(self, max_num_steps: int = 2000) -> list[StepPlan]:

@@ -108,7 +108,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.simulation.check_ownership()
 
     def teardown(self) -> None:
-        if not hasattr(self, "simulation"):
+        if not hasattr(self, "simulation") or self.simulation.is_broken:
             return
         self.simulation.run()
         assert self.simulation.cache.num_free_blocks == self.simulation.num_blocks
