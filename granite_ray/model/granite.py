@@ -47,18 +47,25 @@ class GraniteModel(nn.Module):
             self.lm_head = Linear(architecture.hidden_size, architecture.vocab_size)
         self.requires_grad_(False)
 
+    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, state: ModelState) -> torch.Tensor:
         """Run one step; return logits of `batch.logits_indices_L` in float32, [L, V]."""
+        plan = plan_attention(batch, state, self.architecture)
+        return self.run(batch, plan, state, self.workspace)
+
+    def run(
+        self, batch: ForwardBatch, plan: AttentionPlan, state: ModelState, workspace: Workspace
+    ) -> torch.Tensor:
+        """Do what `forward` does for a plan that is made."""
         architecture = self.architecture
         x_TD = F.embedding(batch.token_ids_T, self.embed_tokens.weight)
         x_TD *= architecture.embedding_multiplier
-        plan = plan_attention(batch, state, architecture)
         for layer in self.layers:
-            layer(x_TD, batch, plan, state, self.workspace)
+            layer(x_TD, batch, plan, state, workspace)
             self.num_layers_run += 1
-        normed_LD = self.norm(x_TD[batch.logits_indices_L], self.workspace)
+        normed_LD = self.norm(x_TD[batch.logits_indices_L], workspace)
         head = self.embed_tokens if architecture.tie_word_embeddings else self.lm_head
-        logits_LV = self.workspace.take("logits", (len(normed_LD), architecture.vocab_size), x_TD)
+        logits_LV = workspace.take("logits", (len(normed_LD), architecture.vocab_size), x_TD)
         head(normed_LD, logits_LV)
         return logits_LV.float() / architecture.logits_scaling
 
