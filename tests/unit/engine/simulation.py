@@ -7,14 +7,10 @@ block shared or taken wrongly, or a state restored from the wrong snapshot, show
 
 from granite_ray.engine.cache import Cache
 from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
-from granite_ray.engine.sequence import (
-    ScheduledSequence,
-    Sequence,
-    SequenceStatus,
-    StepPlan,
-)
+from granite_ray.engine.sequence import ScheduledSequence, Sequence, SequenceStatus, StepPlan
 
 Tokens = tuple[int, ...]
+GARBAGE = (-1,)
 
 
 class Simulation:
@@ -86,6 +82,19 @@ class Simulation:
         self.is_broken = False
         return plan
 
+    def fail_step(self) -> StepPlan:
+        """Run a step whose forward pass ends in the middle: what it was to write is anything."""
+        plan = self.scheduler.schedule()
+        for source, target in plan.restored:
+            self._states[target] = self._states[source]
+        for scheduled in plan.scheduled:
+            if not scheduled.branches:
+                self._forward(scheduled, is_garbled=True)
+        self.scheduler.give_up_step()
+        self.limits = halved(self.limits)
+        self.check_ownership()
+        return plan
+
     def run(self, max_num_steps: int = 2000) -> list[StepPlan]:
         """Step until nothing is left."""
         plans = []
@@ -150,7 +159,7 @@ class Simulation:
     def _lacks_block(self, sequence: Sequence) -> bool:
         return len(sequence.block_table) * self.block_size < len(sequence.token_ids)
 
-    def _forward(self, scheduled: ScheduledSequence) -> None:
+    def _forward(self, scheduled: ScheduledSequence, is_garbled: bool = False) -> None:
         sequence = scheduled.sequence
         assert sequence.status is SequenceStatus.RUNNING
         start = sequence.num_computed_tokens
@@ -165,8 +174,9 @@ class Simulation:
         stop = start + scheduled.num_tokens
         assert 0 < scheduled.num_tokens <= sequence.num_uncomputed_tokens
         for position in range(start, stop):
-            self._keys[self._place(sequence, position)] = tokens[: position + 1]
-        self._states[sequence.state_slot] = tokens[:stop]
+            content = GARBAGE if is_garbled else tokens[: position + 1]
+            self._keys[self._place(sequence, position)] = content
+        self._states[sequence.state_slot] = GARBAGE if is_garbled else tokens[:stop]
         self.num_computed += scheduled.num_tokens
 
     def _check_branches(self, scheduled: ScheduledSequence) -> None:
@@ -193,3 +203,12 @@ class Simulation:
         sequence.token_ids += [position % 3 for position in range(start, start + num_new)]
         if len(sequence.token_ids) == sequence.max_num_tokens:
             self.finish(sequence)
+
+
+def halved(limits: SchedulerLimits) -> SchedulerLimits:
+    """Return the limits after a step that was too large for memory."""
+    return SchedulerLimits(
+        limits.max_num_seqs,
+        max(1, limits.max_num_batched_tokens // 2),
+        max(1, limits.max_num_branch_tokens // 2),
+    )

@@ -102,6 +102,11 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(num_steps):
             self.simulation.step()
 
+    @precondition(lambda self: self.simulation.live)
+    @rule()
+    def fail_step(self) -> None:
+        self.simulation.fail_step()
+
     @invariant()
     def counts_agree(self) -> None:
         if hasattr(self, "simulation"):
@@ -348,3 +353,23 @@ def test_sequence_that_could_never_finish_is_refused(prompt: tuple[int, ...], nu
     simulation = Simulation(limits(), num_blocks=2, block_size=4)
     with pytest.raises(AssertionError):
         simulation.add(prompt, num_new=num_new)
+
+
+def test_failed_step_is_done_again_in_halves() -> None:
+    simulation = Simulation(limits(num_tokens=12), num_blocks=64, block_size=4)
+    simulation.add(numbers(0, 9), num_new=2)
+    simulation.add(numbers(10, 19), num_new=2)
+    assert counts(simulation.fail_step()) == [(0, 9), (1, 3)]
+    assert simulation.scheduler.num_running == 0
+    plans = [counts(plan) for plan in simulation.run()]
+    assert plans[:2] == [[(0, 6)], [(0, 3), (1, 3)]]
+
+
+def test_what_a_failed_step_was_to_compute_is_not_found() -> None:
+    simulation = Simulation(limits(), num_blocks=64, block_size=4, num_slots=10)
+    sequence = simulation.add(numbers(0, 20), junctions=(8, 16))
+    simulation.step()
+    assert len(simulation.fail_step().saved) == 1
+    assert counts(simulation.step()) == [(0, 8)]
+    assert sequence.num_computed_tokens == 16
+    simulation.run()
