@@ -92,6 +92,7 @@ class Stepper:
             positions_T=torch.tensor(positions),
             slot_mapping_T=torch.tensor(slot_mapping),
             block_tables_SB=torch.tensor(tables, dtype=torch.int32),
+            state_slots_S=torch.tensor([segment.state_slot for segment in segments]),
             logits_indices_L=torch.arange(len(token_ids)),
         )
 

@@ -139,6 +139,8 @@ class EngineConfig(Section):
     """Tokens of one step in one replica; padding counts on the `transformers` backend."""
     block_size: int = Field(default=16, gt=0)
     """Token positions of one block of the cache; prefixes are shared in whole blocks."""
+    cuda_graphs: bool = False
+    """Launch decodes as CUDA graphs; not yet proved on a GPU, and without effect on a CPU."""
     cache_gib: float | None = Field(default=None, gt=0)
     """GiB for keys, values and Mamba state; by default 80 % of what is free on a GPU after the
     weights, on a CPU half of the free memory times the replica's share of the cores."""

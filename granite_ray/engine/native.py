@@ -18,14 +18,16 @@ from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.devices import choose_device
 from granite_ray.engine.front import EngineFront
 from granite_ray.engine.grammar import GrammarCompiler
+from granite_ray.engine.graphs import DecodeGraphs
 from granite_ray.engine.requests import GenerateRequest, Request
 from granite_ray.engine.runner import Runner, num_logits_rows
 from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks, read_logprobs
 from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
 from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
-from granite_ray.engine.sizing import cache_budget, size_cache
+from granite_ray.engine.sizing import CacheSize, cache_budget, size_cache
 from granite_ray.engine.weighing import Weighing
 from granite_ray.model.architecture import read_architecture
+from granite_ray.model.granite import GraniteModel
 from granite_ray.model.state import allocate_state
 from granite_ray.model.weights import dummy_model, load_weights
 from granite_ray.tokenizer import Tokenizer
@@ -56,20 +58,13 @@ def load_native_engine(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    device = choose_device(engine.device)
-    architecture = read_architecture(checkpoint.config)
-    dtype = getattr(torch, architecture.dtype if model.dtype == "auto" else model.dtype)
-    if model.load_format == "dummy":
-        loaded = dummy_model(architecture, dtype=dtype, device=device, seed=DUMMY_SEED)
-    else:
-        loaded = load_weights(checkpoint.path, architecture, dtype=dtype, device=device)
-    budget = cache_budget(engine, device, num_threads)
-    size = size_cache(architecture, engine, checkpoint.max_model_len, dtype, budget)
-    state = allocate_state(
-        architecture, size.num_blocks, engine.block_size, size.num_slots, dtype, device
-    )
-    runner = Runner(loaded, state, engine.block_size)
-    check_model(runner, engine.block_size, checkpoint.max_model_len, architecture.vocab_size, dtype)
+    loaded = _load_model(checkpoint, model, choose_device(engine.device))
+    architecture, weight = loaded.architecture, loaded.norm.weight
+    longest = checkpoint.max_model_len
+    budget = cache_budget(engine, weight.device, num_threads)
+    size = size_cache(architecture, engine, longest, weight.dtype, budget)
+    runner = _make_runner(loaded, size, engine, longest)
+    check_model(runner, engine.block_size, longest, architecture.vocab_size, weight.dtype)
     has_state = "mamba" in architecture.layer_types
     scheduler = Scheduler(
         SchedulerLimits(size.max_num_seqs, engine.max_num_batched_tokens, MAX_BRANCH_TOKENS),
@@ -79,7 +74,29 @@ def load_native_engine(
         tokenizer.tokenizer_json, architecture.vocab_size, tokenizer.eos_token_ids
     )
     core = NativeCore(runner, scheduler, tokenizer, grammars)
-    return EngineFront(core, tokenizer, grammars, checkpoint.max_model_len)
+    return EngineFront(core, tokenizer, grammars, longest)
+
+
+def _load_model(checkpoint: Checkpoint, model: ModelConfig, device: torch.device) -> GraniteModel:
+    architecture = read_architecture(checkpoint.config)
+    dtype = getattr(torch, architecture.dtype if model.dtype == "auto" else model.dtype)
+    if model.load_format == "dummy":
+        return dummy_model(architecture, dtype=dtype, device=device, seed=DUMMY_SEED)
+    return load_weights(checkpoint.path, architecture, dtype=dtype, device=device)
+
+
+def _make_runner(
+    model: GraniteModel, size: CacheSize, engine: EngineConfig, max_model_len: int
+) -> Runner:
+    weight = model.norm.weight
+    # One block and one slot more than the cache gives out: padding is written there.
+    counts = size.num_blocks + 1, engine.block_size, size.num_slots + 1
+    state = allocate_state(model.architecture, *counts, weight.dtype, weight.device)
+    graphs = None
+    if engine.cuda_graphs and weight.is_cuda:
+        max_num_blocks = -(-max_model_len // engine.block_size)
+        graphs = DecodeGraphs(model, state, size.max_num_seqs, max_num_blocks)
+    return Runner(model, state, engine.block_size, graphs)
 
 
 class NativeCore:
@@ -154,6 +171,10 @@ class NativeCore:
         rows = self._weigh(takers, logits)
         if rows:
             self._sample(sampled, logits[rows], masks.result())
+
+    def close(self) -> None:
+        """End the thread that computes masks."""
+        self._masking.shutdown()
 
     def _run(self, plan: StepPlan) -> torch.Tensor | None:
         """Run a step; None where device memory does not suffice, and smaller steps may do."""

@@ -3,6 +3,7 @@
 import torch
 
 from granite_ray.engine.choices import make_trie
+from granite_ray.engine.graphs import DecodeGraphs
 from granite_ray.engine.sequence import ScheduledSequence, StepPlan
 from granite_ray.model.batch import ForwardBatch, Segment
 from granite_ray.model.granite import GraniteModel
@@ -12,8 +13,15 @@ from granite_ray.model.state import ModelState
 class Runner:
     """A model with the memory of its running sequences."""
 
-    def __init__(self, model: GraniteModel, state: ModelState, block_size: int) -> None:
+    def __init__(
+        self,
+        model: GraniteModel,
+        state: ModelState,
+        block_size: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self._model = model
+        self._graphs = graphs
         self._state = state
         self._block_size = block_size
         self._device = next(model.parameters()).device
@@ -33,7 +41,10 @@ class Runner:
         """
         self._state.copy_slots(plan.restored)
         batch = build_batch(plan, self._block_size, self._device)
-        logits: torch.Tensor = self._model(batch, self._state)
+        if self._graphs is not None and plan.num_decodes == len(plan.scheduled):
+            logits = self._graphs.run(batch)
+        else:
+            logits = self._model(batch, self._state)
         self._state.copy_slots(plan.saved)
         return logits
 
@@ -68,6 +79,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> Forwar
         positions_T=positions_T.to(device),
         slot_mapping_T=slot_mapping_T.to(device),
         block_tables_SB=block_tables_SB.to(device),
+        state_slots_S=torch.tensor([segment.state_slot for segment in segments]).to(device),
         logits_indices_L=torch.tensor(logits_indices, dtype=torch.int64).to(device),
     )
 

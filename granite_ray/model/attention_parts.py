@@ -7,7 +7,7 @@ On a CPU every segment is a part, and its keys and values are copied together fo
 # T tokens, H query heads, G key-value heads, A head size, K keys that a query may see, Q queries of
 # a block, N blocks, P positions in a block, B blocks of one sequence, S segments
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -34,6 +34,10 @@ class Heads:
     key_cache: torch.Tensor  # [N, P, G, A]
     value_cache: torch.Tensor  # [N, P, G, A]
     scale: float
+
+
+AttendVarlen = Callable[..., object]
+"""Has the parameters of `varlen_attn_out`, which needs CUDA."""
 
 
 class AttentionPart(Protocol):
@@ -211,10 +215,11 @@ class VarlenPart:
     block_tables_SB: torch.Tensor
     max_segment_len: int
     max_context_len: int
+    attend_varlen: AttendVarlen = varlen_attn_out
 
     def attend(self, heads: Heads, attended_THA: torch.Tensor, workspace: Workspace) -> None:
         del workspace
-        varlen_attn_out(
+        self.attend_varlen(
             attended_THA,
             heads.queries_THA,
             heads.key_cache,
@@ -244,4 +249,22 @@ def _varlen_part(batch: ForwardBatch) -> VarlenPart:
         block_tables_SB=batch.block_tables_SB,
         max_segment_len=max(segment_lens),
         max_context_len=max(context_lens),
+    )
+
+
+def decodes_part(
+    batch: ForwardBatch,
+    context_lens_S: torch.Tensor,
+    cache: torch.Tensor,
+    attend_varlen: AttendVarlen = varlen_attn_out,
+) -> VarlenPart:
+    """Return a part for a batch of decodes alone whose lengths stand in a tensor, to be changed."""
+    num_decodes, num_blocks = batch.block_tables_SB.shape
+    return VarlenPart(
+        ends_S1=torch.arange(num_decodes + 1, dtype=torch.int32, device=cache.device),
+        context_lens_S=context_lens_S,
+        block_tables_SB=batch.block_tables_SB,
+        max_segment_len=1,
+        max_context_len=num_blocks * cache.shape[1],
+        attend_varlen=attend_varlen,
     )

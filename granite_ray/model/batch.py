@@ -43,6 +43,7 @@ class ForwardBatch:
             size plus offset; -1 for tokens of tries.
         block_tables_SB: int32, padded with 0; block ids of each segment's sequence in order, those
             for the segment's own tokens included (tries need none).
+        state_slots_S: int64; the Mamba state slot of each segment.
         logits_indices_L: int64, positions in T whose logits are wanted.
     """
 
@@ -52,4 +53,5 @@ class ForwardBatch:
     positions_T: torch.Tensor
     slot_mapping_T: torch.Tensor
     block_tables_SB: torch.Tensor
+    state_slots_S: torch.Tensor
     logits_indices_L: torch.Tensor

@@ -83,9 +83,9 @@ class MambaMixer(nn.Module):
         y_TI = torch.empty_like(projected.gate_TI)
         num_decodes = batch.num_decodes
         if num_decodes:
-            slots = [segment.state_slot for segment in batch.segments[:num_decodes]]
+            slots_S = batch.state_slots_S[:num_decodes]
             decodes = projected.rows(0, num_decodes)
-            y_TI[:num_decodes] = self._decode(decodes, slots, conv_state, ssm_state)
+            y_TI[:num_decodes] = self._decode(decodes, slots_S, conv_state, ssm_state)
         start = num_decodes
         for segment in batch.segments[num_decodes:]:
             stop = start + segment.num_tokens
@@ -107,15 +107,15 @@ class MambaMixer(nn.Module):
     def _decode(
         self,
         projected: Projected,
-        slots: list[int],
+        slots_S: torch.Tensor,
         conv_state: torch.Tensor,
         ssm_state: torch.Tensor,
     ) -> torch.Tensor:
-        window_SCK = torch.cat([conv_state[slots], projected.channels_TC[..., None]], dim=-1)
-        conv_state[slots] = window_SCK[..., 1:]
+        window_SCK = torch.cat([conv_state[slots_S], projected.channels_TC[..., None]], dim=-1)
+        conv_state[slots_S] = window_SCK[..., 1:]
         tokens = self._scan_inputs(self.conv1d.newest(window_SCK), projected.dt_TH)
         step = step_each if ssm_state.is_cpu else step_together
-        return self._finish(step(tokens, ssm_state, slots), tokens, projected.gate_TI)
+        return self._finish(step(tokens, ssm_state, slots_S), tokens, projected.gate_TI)
 
     def _run(self, projected: Projected, state: SlotState, out_TI: torch.Tensor) -> None:
         """Take one run in pieces; the state moves on in place."""

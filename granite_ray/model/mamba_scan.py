@@ -8,7 +8,6 @@ of projections and batches.
 # L tokens of a piece, N of them that read, S sequences, Z state slots, H heads, M head size,
 # R state size, G groups of heads that share B and C, Q heads of a group; QM = Q * M, seen flat
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,7 @@ class ScanInputs:
 
 
 def step_each(
-    tokens: ScanInputs, ssm_state_ZHMR: torch.Tensor, slots: Sequence[int]
+    tokens: ScanInputs, ssm_state_ZHMR: torch.Tensor, slots_S: torch.Tensor
 ) -> torch.Tensor:
     """Move each slot's state by its sequence's one token; return what that reads, [S, H, M].
 
@@ -54,16 +53,15 @@ def step_each(
     return torch.cat(
         [
             _step(tokens.rows(index, index + 1), ssm_state_ZHMR[slot : slot + 1])
-            for index, slot in enumerate(slots)
+            for index, slot in enumerate(slots_S.tolist())
         ]
     )
 
 
 def step_together(
-    tokens: ScanInputs, ssm_state_ZHMR: torch.Tensor, slots: Sequence[int]
+    tokens: ScanInputs, ssm_state_ZHMR: torch.Tensor, slots_S: torch.Tensor
 ) -> torch.Tensor:
     """Do the same as `step_each` in a few large operations, as accelerators like it."""
-    slots_S = torch.tensor(slots, device=ssm_state_ZHMR.device)
     state_SHMR = ssm_state_ZHMR[slots_S]
     y_SHM = _step(tokens, state_SHMR)
     ssm_state_ZHMR[slots_S] = state_SHMR

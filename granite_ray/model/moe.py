@@ -29,9 +29,10 @@ class MixtureOfExperts(nn.Module):
         expert_ids_TK, weights_TK = self.router(x_TD)
         num_local, num_chosen = len(self.local_experts), expert_ids_TK.shape[1]
         local_ids = expert_ids_TK.flatten() - self.local_experts.start
-        local_ids[(local_ids < 0) | (local_ids >= num_local)] = num_local  # sorted to the end
+        is_elsewhere = (local_ids < 0) | (local_ids >= num_local)
+        local_ids.masked_fill_(is_elsewhere, num_local)  # sorted to the end
         order = local_ids.argsort(stable=True)
-        counts_E = local_ids.bincount(minlength=num_local + 1)[:num_local]
+        counts_E = _count(local_ids, num_local)
         routed_RD = workspace.take("routed", (len(order), x_TD.shape[1]), x_TD)
         torch.index_select(x_TD, 0, order // num_chosen, out=routed_RD)
         # One row more stands for what the experts of other ranks say; it does not count.
@@ -39,7 +40,7 @@ class MixtureOfExperts(nn.Module):
         self.run_experts(self, routed_RD, counts_E, out_RD, workspace)
         rows_TK = torch.empty_like(order)
         rows_TK[order] = torch.arange(len(order), device=order.device)
-        rows_TK[local_ids == num_local] = len(order)
+        rows_TK.masked_fill_(is_elsewhere, len(order))
         return F.embedding_bag(
             rows_TK.view_as(expert_ids_TK),
             out_RD,
@@ -47,6 +48,12 @@ class MixtureOfExperts(nn.Module):
             per_sample_weights=weights_TK,
             padding_idx=len(order),
         )
+
+
+def _count(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Count ids below `num_experts`; `bincount` would wait for the device."""
+    counts = expert_ids.new_zeros(num_experts + 1)
+    return counts.index_add_(0, expert_ids, torch.ones_like(expert_ids))[:num_experts]
 
 
 class Router(nn.Module):

@@ -125,7 +125,10 @@ def is_decode(segment: Segment) -> bool:
 
 def make_batch(segments: Sequence[Segment], num_decodes: int) -> ForwardBatch:
     nothing = torch.empty(0, dtype=torch.int64)
-    return ForwardBatch(tuple(segments), num_decodes, nothing, nothing, nothing, nothing, nothing)
+    slots_S = torch.tensor([segment.state_slot for segment in segments])
+    return ForwardBatch(
+        tuple(segments), num_decodes, nothing, nothing, nothing, nothing, slots_S, nothing
+    )
 
 
 def make_layer(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Layer:

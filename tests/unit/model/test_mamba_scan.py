@@ -101,7 +101,7 @@ def read_after_ancestors(tokens: ScanInputs, parents: tuple[int, ...], node: int
 def test_step_moves_the_named_slots_by_one_token(step, num_groups: int) -> None:
     slots, states = [4, 0, 2], make_state(6)
     tokens, before = make_tokens(len(slots), num_groups), states.clone()
-    actual = step(tokens, states, slots)
+    actual = step(tokens, states, torch.tensor(slots))
     for index, slot in enumerate(slots):
         expected, expected_state = recur(tokens.rows(index, index + 1), before[slot])
         check_close(actual[index], expected[0])
