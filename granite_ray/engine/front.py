@@ -53,6 +53,10 @@ class Core(Protocol):
         """Bring some requests forward."""
         ...
 
+    def close(self) -> None:
+        """Let go of what would outlive the last step; none follows."""
+        ...
+
 
 class EngineFront:
     """An `Engine` around a core; see `LLM` for what its verbs promise."""
@@ -146,11 +150,13 @@ class EngineFront:
         try:
             while self._take_in():
                 self._core.step()
-        except Exception as error:  # whatever it was, all who wait must hear of it
+        except BaseException as error:  # all who wait must hear of it, be it a library's panic
             logger.exception("engine loop failed")
             failure = InfrastructureError(f"The engine's loop failed: {error!r}")
             failure.__cause__ = error
             self._stop(failure)
+        finally:
+            self._core.close()
 
     def _take_in(self) -> bool:
         """Hand what came in to the core; wait where there is nothing to do. False at the end."""

@@ -91,6 +91,9 @@ class ReferenceCore:
         for half in (batch[:middle], batch[middle:]):
             self._forward([request for request in half if not request.future.done()])
 
+    def close(self) -> None:
+        """Hold nothing that would have to be let go of."""
+
     def _take_batch(self) -> list[Request]:
         config = self._config
         self._waiting = [request for request in self._waiting if not request.future.done()]
