@@ -1,7 +1,7 @@
 """What the tokens of a step attend to: all that differs between runs, tries and devices.
 
-On a CPU every segment is a part, and its keys and values are copied together for
-`scaled_dot_product_attention`; on CUDA one part reads the cache in place for all runs.
+Where a kernel reads blocks in place, one part is for all runs. Elsewhere every run is a part, and
+its keys and values are copied together for `scaled_dot_product_attention`. So is every trie.
 """
 
 # T tokens, H query heads, G key-value heads, A head size, K keys that a query may see, Q queries of
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import current_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn_out
 
 from granite_ray.model.batch import ForwardBatch, Segment
@@ -50,35 +51,49 @@ class AttentionPart(Protocol):
 
 def plan_parts(batch: ForwardBatch, cache: torch.Tensor) -> tuple[AttentionPart, ...]:
     """Return parts that cover the batch, to be run in this order; `cache` is any layer's."""
-    return tuple(_varlen_parts(batch, cache) if cache.is_cuda else _sdpa_parts(batch, cache))
+    if can_read_blocks(cache):
+        return varlen_part(batch), *_trie_parts(batch, cache)
+    return *_run_parts(batch, cache), *_trie_parts(batch, cache)
 
 
-def _sdpa_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionPart]:
-    """Return one part for each segment."""
-    longest = max(segment.num_cached_tokens + segment.num_tokens for segment in batch.segments)
-    mask_QK = _causal_mask(longest, cache)
+def can_read_blocks(cache: torch.Tensor) -> bool:
+    """Whether `varlen_attn` can read this cache in place.
+
+    It takes 16-bit numbers on CUDA. FlashAttention 2, which torch brings along, asks for blocks of
+    a multiple of 256 positions; 3 and 4, packages to be installed and activated, take any
+    (github.com/Dao-AILab/flash-attention, issues 828 and 1627). Not yet run on a GPU.
+    """
+    is_narrow = cache.dtype in (torch.float16, torch.bfloat16)
+    takes_any = current_flash_attention_impl() in ("FA3", "FA4")
+    return cache.is_cuda and is_narrow and (takes_any or cache.shape[1] % 256 == 0)
+
+
+def _run_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionPart]:
+    runs = [place for place in _places(batch) if not place[0].parents]
+    long_runs = [segment for segment, _, _ in runs if segment.num_tokens > 1]
+    mask_QK = _causal_mask(max(map(_num_keys, long_runs), default=0), cache)
+    for segment, tokens, block_table_B in runs:
+        yield RunPart(tokens, _cached_keys(block_table_B, _num_keys(segment), cache), mask_QK)
+
+
+def _trie_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionPart]:
+    for segment, tokens, block_table_B in _places(batch):
+        if segment.parents:
+            cached = _cached_keys(block_table_B, segment.num_cached_tokens, cache)
+            yield TriePart(tokens, cached, _trie_mask(segment, cache))
+
+
+def _places(batch: ForwardBatch) -> Iterator[tuple[Segment, slice, torch.Tensor]]:
+    """Return each segment with its tokens and its block table."""
     start = 0
     for segment, block_table_B in zip(batch.segments, batch.block_tables_SB, strict=True):
         stop = start + segment.num_tokens
-        if segment.parents:
-            yield _trie_part(segment, slice(start, stop), block_table_B, cache)
-        else:
-            num_keys = segment.num_cached_tokens + segment.num_tokens
-            cached = CachedKeys(block_table_B[: _num_blocks(num_keys, cache)], num_keys)
-            yield RunPart(slice(start, stop), cached, mask_QK)
+        yield segment, slice(start, stop), block_table_B
         start = stop
 
 
-def _varlen_parts(batch: ForwardBatch, cache: torch.Tensor) -> Iterator[AttentionPart]:
-    """Return one part for all segments, and then one for each trie."""
-    yield _varlen_part(batch)
-    for segment, part in zip(batch.segments, _sdpa_parts(batch, cache), strict=True):
-        if segment.parents:
-            yield part
-
-
-def _num_blocks(num_tokens: int, cache: torch.Tensor) -> int:
-    return -(-num_tokens // cache.shape[1])
+def _num_keys(run: Segment) -> int:
+    return run.num_cached_tokens + run.num_tokens
 
 
 # scaled_dot_product_attention ────────────────────────────────────────────────────────────────────
@@ -101,6 +116,11 @@ class CachedKeys:
         blocks = rows[:num_rows].view(num_blocks, *cache.shape[1:])
         torch.index_select(cache, 0, self.block_ids_B, out=blocks)
         return rows[: self.num_keys + num_more]
+
+
+def _cached_keys(block_table_B: torch.Tensor, num_keys: int, cache: torch.Tensor) -> CachedKeys:
+    num_blocks = -(-num_keys // cache.shape[1])
+    return CachedKeys(block_table_B[:num_blocks], num_keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,25 +198,18 @@ def _causal_mask(max_num_keys: int, like: torch.Tensor) -> torch.Tensor:
     Its lower right corner of n rows and k columns is the mask of n queries with k keys, their own
     the last: one mask serves all runs of a step.
     """
-    mask_QK = torch.zeros(
-        QUERY_BLOCK, max(max_num_keys, QUERY_BLOCK), dtype=like.dtype, device=like.device
-    )
+    mask_QK = like.new_zeros(QUERY_BLOCK, max(max_num_keys, QUERY_BLOCK))
     hidden_QQ = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=like.device).triu(1)
     mask_QK[:, -QUERY_BLOCK:].masked_fill_(hidden_QQ, -torch.inf)
     return mask_QK
 
 
-def _trie_part(
-    segment: Segment, tokens: slice, block_table_B: torch.Tensor, cache: torch.Tensor
-) -> TriePart:
-    num_tokens, num_cached = segment.num_tokens, segment.num_cached_tokens
-    is_hidden_TT = ~visible_nodes(segment.parents, cache.device)
-    mask_TK = torch.zeros(
-        num_tokens, num_cached + num_tokens, dtype=cache.dtype, device=cache.device
-    )
-    mask_TK[:, num_cached:].masked_fill_(is_hidden_TT, -torch.inf)
-    cached = CachedKeys(block_table_B[: _num_blocks(num_cached, cache)], num_cached)
-    return TriePart(tokens, cached, mask_TK)
+def _trie_mask(trie: Segment, like: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_cached = trie.num_tokens, trie.num_cached_tokens
+    mask_TK = like.new_zeros(num_tokens, num_cached + num_tokens)
+    is_seen_TT = visible_nodes(trie.parents, like.device)
+    mask_TK[:, num_cached:].masked_fill_(~is_seen_TT, -torch.inf)
+    return mask_TK
 
 
 # varlen_attn ─────────────────────────────────────────────────────────────────────────────────────
@@ -206,8 +219,8 @@ def _trie_part(
 class VarlenPart:
     """All segments of a step in one call that reads the paged cache in place.
 
-    Tries get what a run would see; a part of their own comes after this one.
-    Needs CUDA; not yet run on any.
+    What it writes for a trie is wrong: a part of the trie's own comes after this one. Needs what
+    `can_read_blocks` says; not yet run on a GPU.
     """
 
     ends_S1: torch.Tensor
@@ -236,7 +249,8 @@ class VarlenPart:
         )
 
 
-def _varlen_part(batch: ForwardBatch) -> VarlenPart:
+def varlen_part(batch: ForwardBatch, attend_varlen: AttendVarlen = varlen_attn_out) -> VarlenPart:
+    """Return a part for all segments of a batch."""
     device = batch.token_ids_T.device
     segment_lens = [segment.num_tokens for segment in batch.segments]
     context_lens = [
@@ -248,7 +262,8 @@ def _varlen_part(batch: ForwardBatch) -> VarlenPart:
         context_lens_S=torch.tensor(context_lens, dtype=torch.int32, device=device),
         block_tables_SB=batch.block_tables_SB,
         max_segment_len=max(segment_lens),
-        max_context_len=max(context_lens),
+        max_context_len=max(1, *context_lens),
+        attend_varlen=attend_varlen,
     )
 
 
