@@ -71,7 +71,7 @@ def load_weights(
             problems = _compare(pieces, files, is_tied=architecture.tie_word_embeddings)
             if not problems:
                 _copy(pieces.values(), files)
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             problems = [f"the weights cannot be read: {error}"]
     if problems:
         raise ConfigError(
