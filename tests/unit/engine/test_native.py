@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("family") / "hybrid"
-    return open_checkpoint(ModelConfig(path=str(write_member(folder, "granite-4.0-h-tiny", 7))))
+    return open_checkpoint(ModelConfig(path=str(write_member(folder, "granite-4.0-h-micro", 7))))
 
 
 def gib(checkpoint: Checkpoint, num_blocks: int, num_slots: int = 0) -> float:
@@ -53,44 +54,78 @@ def gib(checkpoint: Checkpoint, num_blocks: int, num_slots: int = 0) -> float:
     return (blocks + 2 * num_slots * slot_bytes(architecture, torch.float32)) / GIB
 
 
-def assert_greedy(checkpoint: Checkpoint, prompt: Prompt, answer: Completion) -> None:
-    """Each token is the likeliest after those before it, as transformers has it."""
-    model = checkpoint_model(checkpoint)
-    ids = [*prompt.token_ids, *answer.token_ids]
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0, len(prompt.token_ids) - 1 :]
-    expected = list(answer.token_ids)
-    if answer.finish_reason == "stop":
-        expected.append(model.config.eos_token_id)
-    for row, token_id in zip(logits, expected, strict=False):
-        assert row[token_id] >= row.max() - NEAR
+class Oracle:
+    """A checkpoint as transformers runs it, and where its answers hang by a rounding error.
+
+    A router that finds two experts equally good sends a token to either, and from there on right
+    implementations differ. `TIE` is a few units in the last place of its scores.
+    """
+
+    TIE = 2e-5
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = load_plain(checkpoint.path)
+        self._gaps: list[torch.Tensor] = []
+        for module in self.model.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                module.register_forward_hook(self._note_gap)
+
+    def _note_gap(self, router: Any, inputs: Any, _: object) -> None:
+        scores = torch.nn.functional.linear(inputs[0].flatten(0, -2), router.weight)
+        top = scores.topk(router.top_k + 1).values
+        self._gaps.append(top[:, -2] - top[:, -1])
+
+    def num_greedy(self, prompt: Prompt, answer: Completion) -> int:
+        """Check that tokens are the likeliest; return how many were there before a tie."""
+        self._gaps.clear()
+        expected = list(answer.token_ids)
+        if answer.finish_reason == "stop":
+            expected.append(self.model.config.eos_token_id)
+        start = len(prompt.token_ids) - 1
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([[*prompt.token_ids, *answer.token_ids]])).logits[0]
+            is_tied = torch.zeros(len(logits), dtype=torch.bool)
+            for gap in self._gaps:
+                is_tied |= gap < self.TIE
+        for number, token_id in enumerate(expected):
+            if is_tied[: start + number + 1].any():
+                return number
+            row = logits[start + number]
+            assert row[token_id] >= row.max() - NEAR
+        return len(expected)
 
 
-LOADED = {}
-
-
-def checkpoint_model(checkpoint: Checkpoint):
-    if checkpoint.path not in LOADED:
-        LOADED.clear()
-        LOADED[checkpoint.path] = load_plain(checkpoint.path)
-    return LOADED[checkpoint.path]
+@pytest.fixture(scope="module")
+def oracle(member: Checkpoint) -> Oracle:
+    return Oracle(member)
 
 
 def test_a_mixed_batch_in_partial_prefills_is_greedy_as_transformers(
-    member: Checkpoint, start_engine: Callable[..., Engine]
+    member: Checkpoint, oracle: Oracle, start_engine: Callable[..., Engine]
 ) -> None:
     requests = [(prompt, SamplingParams(64)) for prompt in prompts(LENGTHS)]
     engine = start_engine(member, max_num_batched_tokens=200)
     answers = asyncio.run(gather_answers(engine, requests))
+    num_checked = 0
     for (prompt, _), answer in zip(requests, answers, strict=True):
-        assert_greedy(member, prompt, answer)
+        num_checked += oracle.num_greedy(prompt, answer)
         assert answer.finish_reason == "stop" or len(answer.token_ids) == 64
+    assert num_checked > 0.6 * sum(len(answer.token_ids) for answer in answers)
     variety = {token_id for answer in answers for token_id in answer.token_ids}
     assert len(variety) > 200, "a model that repeats itself proves nothing"
 
 
+MIXED = ("granite-3.1-2b", "granite-3.1-3b-a800m", "granite-4.0-h-350m", "granite-4.0-h-small")
+"""One of each kind; the others run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "member",
+    [name if name in MIXED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY],
+    indirect=True,
+)
 def test_preemption_sharing_and_company_change_no_token(
-    member: Checkpoint, start_engine: Callable[..., Engine]
+    member: Checkpoint, oracle: Oracle, start_engine: Callable[..., Engine]
 ) -> None:
     begin = prompts([75], seed=8)[0].token_ids
     requests = [
@@ -103,11 +138,14 @@ def test_preemption_sharing_and_company_change_no_token(
     alone = [
         asyncio.run(start_engine(small, max_num_seqs=1).generate(*request)) for request in requests
     ]
-    assert [answer.token_ids for answer in crowded] == [answer.token_ids for answer in alone]
     assert all(answer.num_cached_tokens == 0 for answer in alone)
     assert sum(answer.num_cached_tokens == 64 for answer in crowded) >= 5, "75 tokens are 4 blocks"
-    for (prompt, _), answer in zip(requests, alone, strict=True):
-        assert_greedy(member, prompt, answer)
+    num_checked = 0
+    for (prompt, _), one, other in zip(requests, crowded, alone, strict=True):
+        num_sure = oracle.num_greedy(prompt, other)
+        assert one.token_ids[:num_sure] == other.token_ids[:num_sure]
+        num_checked += num_sure
+    assert num_checked > 0.6 * sum(len(answer.token_ids) for answer in alone)
 
 
 def test_a_prompt_of_the_whole_context_is_answered(
@@ -116,7 +154,7 @@ def test_a_prompt_of_the_whole_context_is_answered(
     [prompt] = prompts([2044])
     engine = start_engine(hybrid, max_num_batched_tokens=512)
     answer = asyncio.run(engine.generate(prompt, SamplingParams(4)))
-    assert_greedy(hybrid, prompt, answer)
+    assert Oracle(hybrid).num_greedy(prompt, answer) == 4
 
 
 def test_memory_for_not_even_one_sequence_is_refused_at_start(
@@ -127,7 +165,10 @@ def test_memory_for_not_even_one_sequence_is_refused_at_start(
             start_engine(checkpoint, cache_gib=1e-5)
 
 
-def test_ten_thousand_requests_leave_nothing_behind(moe: Checkpoint) -> None:
+@pytest.mark.parametrize("num_requests", [1_000, pytest.param(10_000, marks=[pytest.mark.slow])])
+def test_many_requests_through_a_small_cache_leave_nothing_behind(
+    moe: Checkpoint, num_requests: int
+) -> None:
     numbers = random.Random(3)
     small = dataclasses.replace(moe, max_model_len=64)
     config = EngineConfig(backend="native", device="cpu", cache_gib=gib(moe, 40), max_num_seqs=16)
@@ -148,7 +189,7 @@ def test_ten_thousand_requests_leave_nothing_behind(moe: Checkpoint) -> None:
         await asyncio.gather(call, return_exceptions=True)
 
     async def ask_all() -> None:
-        for _ in range(100):
+        for _ in range(num_requests // 100):
             await asyncio.gather(*(ask() for _ in range(100)))
         await engine.generate(Prompt((30,)), SamplingParams(1))  # a step that drops the cancelled
 
