@@ -12,38 +12,49 @@ import torch
 
 from granite_ray.engine.runner import Runner
 from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
+from granite_ray.engine.sizing import CacheSize
 from granite_ray.errors import InfrastructureError
 
 MAX_TOKENS = 48
+NUM_PROMPTS = 5
+"""Of their distances the middle one counts: where two experts are all but equally good, rounding
+decides, and may move one prompt's logits far. A broken road moves those of all."""
 
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.5}
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 """Largest relative distance of logits, as vectors.
 
 Unrelated logits are 1.4 apart. Rounding differs with the shapes of a matrix product and grows over
-the layers; in bfloat16 it also changes which experts are chosen, which moves logits in jumps.
+the layers: small random models of the whole family came to 0.015 in float16, 0.12 in bfloat16.
 """
 
 logger = logging.getLogger(__name__)
 
 
 def check_model(
-    runner: Runner, block_size: int, max_model_len: int, vocab_size: int, dtype: torch.dtype
+    runner: Runner,
+    size: CacheSize,
+    block_size: int,
+    max_model_len: int,
+    vocab_size: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Compare roads on a fixed prompt, in the first blocks and the first state slot.
+    """Compare roads on a few fixed prompts, in the first blocks and the first state slots.
 
     Raises:
         InfrastructureError: Naming the road that disagrees, and by how much.
     """
     num_tokens = min(MAX_TOKENS, max_model_len)
-    third, numbers = num_tokens // 3, Random(0)
-    token_ids = [numbers.randrange(vocab_size) for _ in range(num_tokens)]
+    num_blocks = -(-num_tokens // block_size)
+    num_prompts = min(NUM_PROMPTS, size.max_num_seqs, size.num_blocks // num_blocks)
+    prompts = _make_prompts(num_prompts, num_tokens, block_size, vocab_size)
+    third = num_tokens // 3
     roads = {
         "in pieces": sorted({0, third, third + 1, num_tokens}),
         "token by token after a prefill": [0, *range(2 * third or 1, num_tokens + 1)],
     }
-    expected = _logits_after(runner, token_ids, [0, num_tokens], block_size)
+    expected = _logits_after(runner, prompts, [0, num_tokens])
     distances = {
-        name: _distance(_logits_after(runner, token_ids, cuts, block_size), expected)
+        name: _distance(_logits_after(runner, prompts, cuts), expected)
         for name, cuts in roads.items()
     }
     logger.info("canary distances=%s tolerance=%s", distances, TOLERANCES[dtype])
@@ -57,18 +68,30 @@ def check_model(
             )
 
 
-def _logits_after(
-    runner: Runner, token_ids: list[int], cuts: list[int], block_size: int
-) -> torch.Tensor:
-    """Return the logits after the last token, computed in the pieces between the cuts."""
-    num_blocks = -(-len(token_ids) // block_size)
-    sequence = Sequence(0, list(token_ids), len(token_ids), len(token_ids), state_slot=0)
-    sequence.block_table = list(range(num_blocks))
+def _make_prompts(
+    num_prompts: int, num_tokens: int, block_size: int, vocab_size: int
+) -> list[Sequence]:
+    numbers, num_blocks = Random(0), -(-num_tokens // block_size)
+    prompts = []
+    for index in range(num_prompts):
+        token_ids = [numbers.randrange(vocab_size) for _ in range(num_tokens)]
+        sequence = Sequence(index, token_ids, num_tokens, num_tokens, state_slot=index)
+        sequence.block_table = list(range(index * num_blocks, (index + 1) * num_blocks))
+        prompts.append(sequence)
+    return prompts
+
+
+def _logits_after(runner: Runner, prompts: list[Sequence], cuts: list[int]) -> torch.Tensor:
+    """Return the logits after each prompt's last token, computed in the pieces between the cuts."""
     for start, stop in pairwise(cuts):
-        sequence.num_computed_tokens = start
-        logits = runner.run(StepPlan((ScheduledSequence(sequence, stop - start),)))
-    return logits[-1]
+        for sequence in prompts:
+            sequence.num_computed_tokens = start
+        pieces = tuple(ScheduledSequence(sequence, stop - start) for sequence in prompts)
+        logits = runner.run(StepPlan(pieces))
+    return logits
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def _distance(found_SV: torch.Tensor, expected_SV: torch.Tensor) -> float:
+    """Return the middle one of the prompts' distances; no number where one is none."""
+    distances_S = (found_SV - expected_SV).norm(dim=-1) / expected_SV.norm(dim=-1)
+    return float(distances_S.median())

@@ -64,7 +64,7 @@ def load_native_engine(
     budget = cache_budget(engine, weight.device, num_threads)
     size = size_cache(architecture, engine, longest, weight.dtype, budget)
     runner = _make_runner(loaded, size, engine, longest)
-    check_model(runner, engine.block_size, longest, architecture.vocab_size, weight.dtype)
+    check_model(runner, size, engine.block_size, longest, architecture.vocab_size, weight.dtype)
     has_state = "mamba" in architecture.layer_types
     scheduler = Scheduler(
         SchedulerLimits(size.max_num_seqs, engine.max_num_batched_tokens, MAX_BRANCH_TOKENS),

@@ -260,73 +260,45 @@ def test_a_tiny_step_beyond_memory_ends_the_engine(moe: Checkpoint, start: Start
 # interactive requests ────────────────────────────────────────────────────────────────────────────
 
 
+def steps_of_each(watched: WatchedRunner) -> dict[int, list[int]]:
+    """Sequence ids, in the order of arrival → the steps in which they took part."""
+    steps: dict[int, list[int]] = {}
+    for index, seq_ids in enumerate(watched.seq_ids):
+        for seq_id in seq_ids:
+            steps.setdefault(seq_id, []).append(index)
+    return steps
+
+
 def test_an_interactive_request_overtakes_those_that_wait(moe: Checkpoint, start: Start) -> None:
     engine, watched, _ = start(moe, Sizes(max_num_seqs=2))
     sampling = SamplingParams(20)
-
-    async def run() -> dict[str, int]:
-        plug = await watched.hold(engine)
-        steps_when_done: dict[str, int] = {}
-
-        async def ask(name: str, prompt: Prompt, is_interactive: bool) -> None:
-            await engine.generate(prompt, sampling, is_interactive=is_interactive)
-            steps_when_done[name] = len(watched.token_counts)
-
-        tasks = [
-            asyncio.create_task(ask(f"batch {index}", prompt, False))
-            for index, prompt in enumerate(prompts([9] * 6, seed=1))
-        ]
-        await asyncio.sleep(0)
-        tasks.append(asyncio.create_task(ask("interactive", prompts([9], seed=2)[0], True)))
-        await asyncio.sleep(0)
-        watched.may_step.set()
-        await asyncio.wait_for(asyncio.gather(plug, *tasks), 60)
-        return steps_when_done
-
-    done = asyncio.run(run())
-    # It runs in the first step after it came, beside one batch request that came before it.
-    assert 7 in watched.seq_ids[1]
-    assert sorted(done, key=done.__getitem__)[:2] in (
-        ["interactive", "batch 0"],
-        ["batch 0", "interactive"],
-    )
-    assert done["interactive"] <= 1 + 20 + 2
-    assert len(done) == 7
+    calls = [engine.generate(prompt, sampling) for prompt in prompts([9] * 6, seed=1)]
+    calls.append(engine.generate(prompts([9], seed=2)[0], sampling, is_interactive=True))
+    answers = asyncio.run(watched.gather(engine, calls))
+    steps = steps_of_each(watched)
+    interactive = steps.pop(7)
+    answer = answers[-1]
+    num_passes = answer.num_completion_tokens + (answer.finish_reason == "stop")
+    assert interactive == list(range(1, 1 + num_passes)), "at once, and never held up"
+    assert {seq_id for seq_id in steps if steps[seq_id][0] <= 1} == {0, 1}, "the last has waited"
+    assert steps.keys() == set(range(7)), "all had their turn"
 
 
-def test_batch_requests_finish_under_a_steady_stream_of_interactive_ones(
+def test_batch_requests_have_their_turn_before_all_interactive_ones_are_done(
     checkpoint: Checkpoint, start: Start
 ) -> None:
+    batch = [(prompt, SamplingParams(5)) for prompt in prompts([20, 50, 9], seed=1)]
     engine, watched, _ = start(checkpoint, Sizes(max_num_seqs=2))
-    batch_prompts = prompts([20, 50, 9], seed=1)
-    numbers = iter(range(10**6))
-
-    async def run() -> tuple[list[Completion], int]:
-        is_over = asyncio.Event()
-
-        async def stream() -> int:
-            num_answers = 0
-            while not is_over.is_set():
-                [prompt] = prompts([5], seed=next(numbers) + 100)
-                await engine.generate(prompt, SamplingParams(2), is_interactive=True)
-                num_answers += 1
-            return num_answers
-
-        plug = await watched.hold(engine)
-        streams = [asyncio.create_task(stream()) for _ in range(4)]
-        batch = [
-            asyncio.create_task(engine.generate(prompt, SamplingParams(5)))
-            for prompt in batch_prompts
-        ]
-        await asyncio.sleep(0)
-        watched.may_step.set()
-        answers = await asyncio.wait_for(asyncio.gather(*batch), 60)
-        is_over.set()
-        await plug
-        return answers, sum(await asyncio.gather(*streams))
-
-    answers, num_interactive = asyncio.run(run())
+    calls = [engine.generate(*request) for request in batch]
+    calls += [
+        engine.generate(prompt, SamplingParams(2), is_interactive=True)
+        for prompt in prompts([5] * 60, seed=2)
+    ]
+    answers = asyncio.run(watched.gather(engine, calls))
+    steps = steps_of_each(watched)
+    for seq_id in (1, 2, 3):
+        num_before = sum(steps[other][0] < steps[seq_id][0] for other in range(4, 64))
+        assert (seq_id - 1) * MAX_OVERTAKES < num_before <= 2 * seq_id * MAX_OVERTAKES
     alone, _, _ = start(checkpoint)
-    for prompt, answer in zip(batch_prompts, answers, strict=True):
-        assert answer == asyncio.run(alone.generate(prompt, SamplingParams(5)))
-    assert num_interactive > 2 * MAX_OVERTAKES, "there was a stream"
+    for request, answer in zip(batch, answers, strict=False):
+        assert answer == asyncio.run(alone.generate(*request))

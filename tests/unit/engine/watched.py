@@ -38,19 +38,22 @@ class Sizes:
 
 
 def make_runner(checkpoint: Checkpoint, sizes: Sizes) -> tuple[Runner, ModelState]:
-    """A checkpoint in float32 with its memory, which is full of NaN: nothing in it may count."""
+    """A checkpoint in float32 with its memory, which is full of NaN."""
     architecture = read_architecture(checkpoint.config)
     model = load_weights(checkpoint.path, architecture, dtype=torch.float32, device=CPU)
     num_slots = sizes.num_slots if "mamba" in architecture.layer_types else 0
     state = allocate_state(
         architecture, sizes.num_blocks, BLOCK_SIZE, num_slots, torch.float32, CPU
     )
-    for tensor in (
-        *(*state.key_caches, *state.value_caches),
-        *(*state.conv_states, *state.ssm_states),
-    ):
-        tensor.fill_(torch.nan)
+    fill_with_nan(state)
     return Runner(model, state, BLOCK_SIZE), state
+
+
+def fill_with_nan(state: ModelState) -> None:
+    """Make memory what it may be at first: nothing that may count."""
+    for tensors in (state.key_caches, state.value_caches, state.conv_states, state.ssm_states):
+        for tensor in tensors:
+            tensor.fill_(torch.nan)
 
 
 @dataclass
