@@ -1,6 +1,7 @@
 """How much memory there is, and how many blocks and state slots it makes."""
 
 import logging
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,28 +46,25 @@ def size_cache(
     dtype: torch.dtype,
     budget_bytes: int,
 ) -> CacheSize:
-    """Divide a budget: slots for running sequences and snapshots first, then blocks.
+    """Divide a budget: blocks of one sequence, slots for those that run and snapshots, more blocks.
 
     No more than all running sequences can come to need, twice over for prefixes that stay.
 
     Raises:
         ConfigError: If not even one sequence of the longest length fits.
     """
-    slots, max_num_seqs = _size_slots(architecture, engine, dtype, budget_bytes)
-    left = budget_bytes - slots * slot_bytes(architecture, dtype)
     bytes_per_block = block_bytes(architecture, engine.block_size, dtype)
     blocks_per_seq = -(-max_model_len // engine.block_size)
+    bytes_per_seq = blocks_per_seq * bytes_per_block
+    most_for_slots = min(int(budget_bytes * SNAPSHOT_SHARE), budget_bytes - bytes_per_seq)
+    slots, max_num_seqs = _size_slots(architecture, engine, dtype, most_for_slots)
+    left = budget_bytes - slots * slot_bytes(architecture, dtype)
     num_blocks = 2 * max_num_seqs * blocks_per_seq
     if bytes_per_block:
         num_blocks = min(num_blocks, left // bytes_per_block)
     if num_blocks < blocks_per_seq or max_num_seqs < 1:
-        needed = blocks_per_seq * bytes_per_block + 2 * slot_bytes(architecture, dtype)
-        raise ConfigError(
-            f"model.max_model_len is {max_model_len}: one sequence of that length needs "
-            f"{needed / GIB:.2f} GiB for its keys, values and state, and the engine has "
-            f"{budget_bytes / GIB:.2f} GiB. Lower model.max_model_len (and chunking.max_tokens), "
-            "raise engine.cache_gib, or take a larger device."
-        )
+        needed_bytes = bytes_per_seq + 2 * slot_bytes(architecture, dtype)
+        raise _refusal(max_model_len, needed_bytes, budget_bytes)
     logger.info(
         "cache sized blocks=%d block_size=%d tokens=%d kv_gib=%.2f state_slots=%d state_gib=%.2f "
         "max_num_seqs=%d budget_gib=%.2f",
@@ -77,15 +75,24 @@ def size_cache(
     return CacheSize(num_blocks, slots, max_num_seqs)
 
 
+def _refusal(max_model_len: int, needed_bytes: int, budget_bytes: int) -> ConfigError:
+    needed_gib = math.ceil(100 * needed_bytes / GIB) / 100  # up: as much will do
+    return ConfigError(
+        f"model.max_model_len is {max_model_len}: one sequence of that length needs "
+        f"{needed_gib:.2f} GiB for its keys, values and state, and the engine has "
+        f"{budget_bytes / GIB:.2f} GiB. Lower model.max_model_len (and chunking.max_tokens), "
+        "raise engine.cache_gib, or take a larger device."
+    )
+
+
 def _size_slots(
-    architecture: Architecture, engine: EngineConfig, dtype: torch.dtype, budget_bytes: int
+    architecture: Architecture, engine: EngineConfig, dtype: torch.dtype, most_bytes: int
 ) -> tuple[int, int]:
     """Return the number of state slots and of sequences that may run at once."""
     each = slot_bytes(architecture, dtype)
     if not each:
         return 0, engine.max_num_seqs
-    affordable = int(budget_bytes * SNAPSHOT_SHARE) // each
-    num_slots = min(engine.max_num_seqs + NUM_SNAPSHOTS, affordable)
+    num_slots = min(engine.max_num_seqs + NUM_SNAPSHOTS, max(most_bytes, 0) // each)
     num_snapshots = min(NUM_SNAPSHOTS, num_slots // 3)
     max_num_seqs = min(engine.max_num_seqs, num_slots - num_snapshots)
     if max_num_seqs < engine.max_num_seqs:
@@ -108,13 +115,13 @@ def cache_budget(engine: EngineConfig, device: torch.device, num_threads: int | 
     return int(free_memory_bytes() * share)
 
 
-def free_memory_bytes() -> int:
+def free_memory_bytes(control_group: Path = CONTROL_GROUP) -> int:
     """Return the memory that this process may still take: of the machine, or of its container."""
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError, KeyError):  # no control group, or its limit is "max"
-        limit = int((CONTROL_GROUP / "memory.max").read_text())
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        limit = int((control_group / "memory.max").read_text())
+        used = int((control_group / "memory.current").read_text())
+        lines = (control_group / "memory.stat").read_text().splitlines()
         reclaimable = int(dict(line.split() for line in lines)["inactive_file"])
         free = min(free, limit - used + reclaimable)
     return max(free, 0)
