@@ -106,22 +106,22 @@ def test_all_that_does_not_fit_is_told_in_one_error(rewrite: Callable[..., Membe
         for name in [name for name in tensors if name.endswith("layernorm.weight")]:
             del tensors[name]
         tensors["model.layers.0.mamba.extra"] = torch.ones(2)
-        tensors["model.layers.1.self_attn.k_proj.weight"] = torch.ones(3, 5)
+        tensors["model.layers.2.self_attn.k_proj.weight"] = torch.ones(3, 5)
 
     with pytest.raises(ConfigError) as told:
         rewrite(change).load()
     message = str(told.value)
-    assert "6 tensors are missing: model.layers.0.input_layernorm.weight, " in message
+    assert "8 tensors are missing: model.layers.0.input_layernorm.weight, " in message
     assert "1 tensors are unknown: model.layers.0.mamba.extra" in message
     assert (
-        "1 tensors are of another shape: model.layers.1.self_attn.k_proj.weight [3, 5]" in message
+        "1 tensors are of another shape: model.layers.2.self_attn.k_proj.weight [3, 5]" in message
     )
     assert message.count("layernorm") == 3, "the first few are enough"
 
 
 def test_projections_whose_sizes_only_sum_up_are_refused(rewrite: Callable[..., Member]) -> None:
     def change(tensors: Tensors) -> None:
-        names = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "qk"]
+        names = [f"model.layers.2.self_attn.{x}_proj.weight" for x in "qk"]
         both = torch.cat([tensors[name] for name in names])
         tensors[names[0]], tensors[names[1]] = both[:8].clone(), both[8:].clone()
 
