@@ -71,6 +71,7 @@ class WatchedRunner:
     pause_at: int = -1
     token_counts: list[int] = field(default_factory=list)
     seq_ids: list[tuple[int, ...]] = field(default_factory=list)
+    preempted: set[int] = field(default_factory=set)
     is_entered: threading.Event = field(default_factory=threading.Event)
     may_step: threading.Event = field(default_factory=threading.Event)
 
@@ -88,7 +89,9 @@ class WatchedRunner:
         self.may_step.wait(20)
         num_tokens = sum(item.num_tokens for item in plan.scheduled)
         self.token_counts.append(num_tokens)
-        self.seq_ids.append(tuple(item.sequence.seq_id for item in plan.scheduled))
+        sequences = [item.sequence for item in plan.scheduled]
+        self.seq_ids.append(tuple(sequence.seq_id for sequence in sequences))
+        self.preempted |= {one.seq_id for one in sequences if one.num_preemptions}
         is_broken = self.error is not None and self.breaks(num_tokens)
         if is_broken and self.late:
             self.runner.run(plan)
