@@ -92,7 +92,7 @@ class Lease:
             except LeaseError as error:
                 self._lost = error
                 return
-            except StorageError:
+            except (StorageError, OSError):
                 continue  # the next beat tries again; commits check the lease themselves
 
     def _renew_once(self) -> None:

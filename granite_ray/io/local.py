@@ -83,7 +83,7 @@ class LocalStorage:
         top = self._folder / folder
         with _translated_errors(top):
             for temporary in top.glob(".*.tmp"):
-                temporary.unlink(missing_ok=True)
+                _delete_unless_in_use(temporary)
 
 
 def _make_folder(folder: Path) -> None:
@@ -128,15 +128,35 @@ def _walk(
 @contextmanager
 def _temporary_file(target: Path, data: bytes | memoryview) -> Iterator[Path]:
     """Write `data` beside `target` under a hidden name that is gone afterwards, come what may."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        # Not through tempfile: its files are readable by their owner only, whatever the umask.
-        with temporary.open("xb") as file:
+    # Not through tempfile: its files are readable by their owner only, whatever the umask.
+    with _open_temporary(target) as file:
+        temporary = Path(file.name)
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        yield temporary
-    finally:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _open_temporary(target: Path) -> BinaryIO:
+    """Open a new hidden file, locked until it is closed, so that no sweep takes it for a leftover.
+
+    One may do so before it is locked: then there is no such file any more, and another is made.
+    """
+    while True:
+        file = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp").open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
+def _delete_unless_in_use(temporary: Path) -> None:
+    """Delete a temporary file whose writer is dead: the system has let go of its lock then."""
+    with suppress(FileNotFoundError, BlockingIOError), temporary.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.unlink(missing_ok=True)
 
 
