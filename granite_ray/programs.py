@@ -23,9 +23,6 @@ from granite_ray.records import (
 )
 from granite_ray.tasks import Task
 
-BATCHES_ADMITTED = 16
-"""Document tokens that may be in flight, in steps of the engine: enough to keep it full."""
-
 Mode = Literal["skip", "together", "alone", "one_by_one"]
 
 
@@ -164,11 +161,11 @@ class ReplicaGate:
     First come, first served: a shard that wants to be alone is not overtaken by those after it.
 
     Args:
-        max_num_batched_tokens: What the engine takes in one batch.
+        capacity: Document tokens that may be in flight.
     """
 
-    def __init__(self, max_num_batched_tokens: int) -> None:
-        self._free_tokens = self._capacity = BATCHES_ADMITTED * max_num_batched_tokens
+    def __init__(self, capacity: int) -> None:
+        self._free_tokens = self._capacity = capacity
         self._num_sharing = 0
         self._is_alone = False
         self._shards: deque[tuple[int, asyncio.Future[None]]] = deque()

@@ -37,6 +37,8 @@ from granite_ray.tasks import make_task
 from granite_ray.tokenizer import load_tokenizer
 
 REPORT_INTERVAL_S = 1.0
+STEPS_ADMITTED = 16
+"""Document tokens that may be in flight, in steps of the engine: enough to keep it full."""
 LAST_WORDS_S = 5.0
 """How long a replica that ends itself tries to tell the journal why."""
 
@@ -49,7 +51,7 @@ class ReplicaWorker:
     def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
         self.schema = context.schema
         self.journal = journal
-        self.gate = ReplicaGate(context.config.engine.max_num_batched_tokens)
+        self.gate = ReplicaGate(STEPS_ADMITTED * context.config.engine.max_num_batched_tokens)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.replica_id = ray.get_runtime_context().get_actor_id()
         self.counts = LiveCounts()

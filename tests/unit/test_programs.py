@@ -61,7 +61,7 @@ class Visit:
 
 def test_shards_share_a_replica_and_one_that_is_alone_waits_for_all_of_them() -> None:
     async def program() -> list[str]:
-        gate, log = ReplicaGate(100), []
+        gate, log = ReplicaGate(400), []
         first, second = Visit(gate.shared(), log, "first"), Visit(gate.shared(), log, "second")
         await settle()
         alone = Visit(gate.alone(), log, "alone")
@@ -80,7 +80,7 @@ def test_shards_share_a_replica_and_one_that_is_alone_waits_for_all_of_them() ->
 
 def test_who_wants_to_be_alone_is_not_overtaken_and_is_alone() -> None:
     async def program() -> list[str]:
-        gate, log = ReplicaGate(100), []
+        gate, log = ReplicaGate(400), []
         first = Visit(gate.shared(), log, "first")
         await settle()
         alone = Visit(gate.alone(), log, "alone")
@@ -100,7 +100,7 @@ def test_who_wants_to_be_alone_is_not_overtaken_and_is_alone() -> None:
 
 def test_documents_are_admitted_by_their_tokens_in_their_order() -> None:
     async def program() -> None:
-        gate, log = ReplicaGate(25), []  # room for 100
+        gate, log = ReplicaGate(100), []  # room for 100
         half, more = Visit(gate.admit(60), log, "half"), Visit(gate.admit(50), log, "more")
         small = Visit(gate.admit(10), log, "small")
         await settle()
@@ -116,7 +116,7 @@ def test_documents_are_admitted_by_their_tokens_in_their_order() -> None:
 
 def test_a_document_larger_than_all_the_room_is_admitted_by_itself() -> None:
     async def program() -> None:
-        gate, log = ReplicaGate(25), []
+        gate, log = ReplicaGate(100), []
         giant, tiny = Visit(gate.admit(10**6), log, "giant"), Visit(gate.admit(1), log, "tiny")
         await settle()
         assert log == ["giant"]
@@ -139,7 +139,7 @@ def test_one_that_is_cancelled_in_the_moment_it_is_let_in_leaks_no_room(kind: st
     holder_enters, waiter_enters = WAYS_IN[kind]
 
     async def program() -> list[str]:
-        gate, log = ReplicaGate(25), []
+        gate, log = ReplicaGate(100), []
         async with holder_enters(gate):
             granted = Visit(waiter_enters(gate), log, "granted")
             following = Visit(waiter_enters(gate), log, "following")
@@ -159,7 +159,7 @@ def test_one_that_is_cancelled_in_the_moment_it_is_let_in_leaks_no_room(kind: st
 
 def test_one_that_stops_waiting_holds_up_nobody_behind_it() -> None:
     async def program() -> list[str]:
-        gate, log = ReplicaGate(25), []
+        gate, log = ReplicaGate(100), []
         first = Visit(gate.shared(), log, "first")
         small = Visit(gate.admit(20), log, "small")
         await settle()
@@ -196,7 +196,7 @@ def test_whatever_comes_goes_and_is_cancelled_the_rules_hold_and_no_room_is_lost
     visits: list[tuple[str, int, int, int, int | None]],
 ) -> None:
     async def program() -> None:
-        gate = ReplicaGate(5)  # room for 20
+        gate = ReplicaGate(20)  # room for 20
         inside = {"shared": 0, "alone": 0, "admit": 0}
 
         async def visit(way: str, size: int, before: int, stays: int) -> None:
@@ -323,7 +323,7 @@ def run_shard(
     texts: list[Document], attempt: Attempt = TOGETHER
 ) -> tuple[list[Result], Scripted, Journaled]:
     task, told = Scripted(), Journaled()
-    results = run(run_programs(texts, task, Silent(), ReplicaGate(100), attempt, told.watch))
+    results = run(run_programs(texts, task, Silent(), ReplicaGate(400), attempt, told.watch))
     return results, task, told
 
 
@@ -360,7 +360,7 @@ def test_a_deadly_document_and_one_found_bad_before_are_never_given_to_the_engin
 @pytest.mark.parametrize("mode", ["together", "alone"])
 def test_a_broken_machine_cancels_the_others_awaits_them_and_frees_the_replica(mode: Any) -> None:
     async def program() -> tuple[Scripted, int]:
-        task, gate = Scripted(), ReplicaGate(100)
+        task, gate = Scripted(), ReplicaGate(400)
         shard = documents("hang a", "break b", "hang c")
         before = asyncio.all_tasks()
         with pytest.raises(InfrastructureError, match="b broke the engine"):
@@ -376,7 +376,7 @@ def test_a_broken_machine_cancels_the_others_awaits_them_and_frees_the_replica(m
 
 def test_a_cancelled_shard_takes_its_documents_along_and_frees_the_replica() -> None:
     async def program() -> Scripted:
-        task, gate = Scripted(), ReplicaGate(100)
+        task, gate = Scripted(), ReplicaGate(400)
         shard = documents("hang a", "hang b")
         running = asyncio.create_task(
             run_programs(shard, task, Silent(), gate, TOGETHER, Journaled().watch)
@@ -393,7 +393,7 @@ def test_a_cancelled_shard_takes_its_documents_along_and_frees_the_replica() -> 
 
 def test_a_shard_tells_that_it_entered_only_when_it_has_its_place() -> None:
     async def program() -> list[str | int]:
-        gate, told, log = ReplicaGate(100), Journaled(), []
+        gate, told, log = ReplicaGate(400), Journaled(), []
         other = Visit(gate.shared(), log, "other")
         await settle()
         waiting = asyncio.create_task(
