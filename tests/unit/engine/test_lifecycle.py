@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -161,3 +162,37 @@ def test_an_engine_serves_one_loop_after_another(moe, start_engine):
     engine = start_engine(moe)
     request = prompts([9])[0], SamplingParams(3)
     assert asyncio.run(engine.generate(*request)) == asyncio.run(engine.generate(*request))
+
+
+def test_loops_in_several_threads_share_an_engine(checkpoint, start_engine):
+    engine = start_engine(checkpoint)
+    parts = [
+        [(prompt, SamplingParams(8)) for prompt in prompts([9, 30, 17], seed=seed)]
+        for seed in range(4)
+    ]
+    expected = [asyncio.run(gather_answers(engine, part)) for part in parts]
+    all_ready = threading.Barrier(len(parts))
+
+    def ask(part):
+        all_ready.wait(20)
+        return asyncio.run(gather_answers(engine, part))
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        assert list(threads.map(ask, parts)) == expected
+    assert len({answer.text for part in expected for answer in part}) == 12
+
+
+def test_a_loop_closed_while_its_request_runs_disturbs_no_other(moe, start_engine):
+    engine = start_engine(moe)
+    request = prompts([9])[0], SamplingParams(20)
+    expected = asyncio.run(engine.generate(*request))
+
+    async def leave():
+        return asyncio.create_task(engine.generate(prompts([30])[0], SamplingParams(40)))
+
+    loop = asyncio.new_event_loop()
+    left = loop.run_until_complete(leave())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert asyncio.run(asyncio.wait_for(engine.generate(*request), 20)) == expected
+    assert not left.done(), "nobody was there to be told"
