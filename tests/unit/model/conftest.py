@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "untied": ("granite-3.1-2b", {"tie_word_embeddings": False}),
     "wide-heads": ("granite-3.1-8b", {"head_dim": 24}),
+    "mamba-only": ("granite-4.0-h-1b", {"layer_types": ["mamba"] * 2, "num_hidden_layers": 2}),
     "mamba-groups": ("granite-4.0-h-350m", {"mamba_n_groups": 3, "time_step_limit": [0.5, 2.0]}),
 }
 
@@ -47,8 +48,9 @@ class Member:
 
     def reference_logits(self, token_ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():
-            logits: torch.Tensor = self.reference(torch.tensor([token_ids])).logits[0]
-        return logits.float()
+            output = self.reference(torch.tensor([token_ids]), use_cache=False)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
 
     def first_near_tie(self, token_ids: list[int]) -> int:
         """The first token for which rounding may choose another expert, which changes much."""
@@ -56,7 +58,9 @@ class Member:
         if not num_chosen:
             return len(token_ids)
         with torch.inference_mode():
-            output = self.reference(torch.tensor([token_ids]), output_router_logits=True)
+            output = self.reference(
+                torch.tensor([token_ids]), use_cache=False, output_router_logits=True
+            )
         first = len(token_ids)
         for scores in output.router_logits:
             highest = scores.topk(num_chosen + 1).values
