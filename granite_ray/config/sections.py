@@ -138,7 +138,8 @@ class EngineConfig(Section):
     max_num_batched_tokens: int = Field(default=4096, gt=0)
     """Tokens of one step in one replica; padding counts on the `transformers` backend."""
     block_size: int = Field(default=16, gt=0)
-    """Token positions of one block of the cache; prefixes are shared in whole blocks."""
+    """Token positions of one block of the cache; prefixes are shared in whole blocks. Take 256 on a
+    GPU: torch's attention reads only such blocks in place."""
     cuda_graphs: bool = False
     """Launch decodes as CUDA graphs; not yet proved on a GPU, and without effect on a CPU."""
     cache_gib: float | None = Field(default=None, gt=0)

@@ -26,7 +26,9 @@ from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
 from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
 from granite_ray.engine.sizing import CacheSize, cache_budget, size_cache
 from granite_ray.engine.weighing import Weighing
+from granite_ray.errors import ConfigError
 from granite_ray.model.architecture import read_architecture
+from granite_ray.model.attention_parts import can_read_blocks
 from granite_ray.model.granite import GraniteModel
 from granite_ray.model.state import allocate_state
 from granite_ray.model.weights import dummy_model, load_weights
@@ -93,9 +95,19 @@ def _make_runner(
     counts = size.num_blocks + 1, engine.block_size, size.num_slots + 1
     state = allocate_state(model.architecture, *counts, weight.dtype, weight.device)
     graphs = None
-    if engine.cuda_graphs and weight.is_cuda:
-        max_num_blocks = -(-max_model_len // engine.block_size)
-        graphs = DecodeGraphs(model, state, size.max_num_seqs, max_num_blocks)
+    if weight.is_cuda:
+        reads_blocks = all(can_read_blocks(cache) for cache in state.key_caches)
+        if not reads_blocks:
+            logger.warning("attention copies blocks; engine.block_size: 256 may be read in place")
+        if engine.cuda_graphs and not reads_blocks:
+            raise ConfigError(
+                f"engine.cuda_graphs needs a cache that attention reads in place, and "
+                f"engine.block_size is {engine.block_size} with {weight.dtype}. Set "
+                "engine.block_size: 256 and model.dtype: bfloat16, or leave cuda_graphs out."
+            )
+        if engine.cuda_graphs:
+            max_num_blocks = -(-max_model_len // engine.block_size)
+            graphs = DecodeGraphs(model, state, size.max_num_seqs, max_num_blocks)
     return Runner(model, state, engine.block_size, graphs)
 
 
