@@ -126,7 +126,7 @@ def run_in_turns(folder: Path, engines: Mapping[str, "Program"], num_repeats: in
         for name, program in engines.items():
             program.run(folder)
             figures.timed[name].append(read_timed(folder))
-        print(f"repeat {repeat + 1} of {num_repeats} done", file=sys.stderr)
+        print(f"repeat {repeat + 1} done, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     return figures
 
 
