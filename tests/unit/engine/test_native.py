@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,11 @@ from granite_ray.model.architecture import read_architecture
 from granite_ray.model.state import block_bytes, slot_bytes
 from granite_ray.records import Completion, Prompt, SamplingParams
 from granite_ray.tokenizer import load_tokenizer
-from tests.family import FAMILY, write_member
+from tests.family import FAMILY, PRESETS, write_member
 from tests.unit.engine.conftest import load_plain
 from tests.unit.engine.test_engines import gather_answers, prompts
+from tests.unit.engine.watched import Sizes, WatchedRunner, make_runner, start_native
 
-NUM_LAYERS = 11
-"""Enough for the first attention layer of every hybrid."""
 LENGTHS = (1, 2, 15, 16, 17, 31, 33, 48, 64, 100, 127, 128, 129, 255, 300, 511, 700)
 NEAR = 1e-4
 """Two logits nearer than this may change places by rounding."""
@@ -37,8 +37,15 @@ def backend() -> str:
 
 @pytest.fixture(scope="module", params=FAMILY)
 def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("family") / request.param
-    return open_checkpoint(ModelConfig(path=str(write_member(folder, request.param, NUM_LAYERS))))
+    name = request.param
+    folder = write_member(tmp_path_factory.mktemp("family") / name, name, few_layers(name))
+    return open_checkpoint(ModelConfig(path=str(folder)))
+
+
+def few_layers(name: str) -> int:
+    """Of a hybrid, all up to one after its first attention layer."""
+    layer_types = json.loads((PRESETS / name / "config.json").read_text()).get("layer_types", [])
+    return layer_types.index("attention") + 2 if "mamba" in layer_types else 4
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +122,20 @@ def test_a_mixed_batch_in_partial_prefills_is_greedy_as_transformers(
     assert len(variety) > 200, "a model that repeats itself proves nothing"
 
 
+def answer(
+    checkpoint: Checkpoint,
+    runner: WatchedRunner,
+    sizes: Sizes,
+    requests: list[tuple[Prompt, SamplingParams]],
+) -> list[Completion]:
+    """Start an engine around a runner, ask it, and end it."""
+    engine, _ = start_native(checkpoint, runner, sizes)
+    try:
+        return asyncio.run(gather_answers(engine, requests))
+    finally:
+        engine.shutdown()
+
+
 MIXED = ("granite-3.1-2b", "granite-3.1-3b-a800m", "granite-4.0-h-350m", "granite-4.0-h-small")
 """One of each kind; the others run with the slow tests."""
 
@@ -124,26 +145,24 @@ MIXED = ("granite-3.1-2b", "granite-3.1-3b-a800m", "granite-4.0-h-350m", "granit
     [name if name in MIXED else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY],
     indirect=True,
 )
-def test_preemption_sharing_and_company_change_no_token(
-    member: Checkpoint, oracle: Oracle, start_engine: Callable[..., Engine]
-) -> None:
+def test_preemption_sharing_and_company_change_no_token(member: Checkpoint, oracle: Oracle) -> None:
     begin = prompts([75], seed=8)[0].token_ids
     requests = [
         (Prompt(begin + prompt.token_ids, junctions=(75,)), SamplingParams(40))
         for prompt in prompts([3, 40, 90, 17, 60, 33, 8, 51], seed=9)
     ]
-    small = dataclasses.replace(member, max_model_len=256)
-    tight = start_engine(small, cache_gib=gib(member, 18, 6), max_num_seqs=8)
-    crowded = asyncio.run(gather_answers(tight, requests))
-    alone = [
-        asyncio.run(start_engine(small, max_num_seqs=1).generate(*request)) for request in requests
-    ]
+    crowd, one = Sizes(num_blocks=18, num_slots=6), Sizes(num_blocks=18, max_num_seqs=1)
+    watched = WatchedRunner(make_runner(member, crowd)[0])
+    crowded = answer(member, watched, crowd, requests)
+    assert watched.preempted
+    # Each in a cache of its own, whose memory holds what those before have left.
+    alone = [answer(member, watched, one, [request])[0] for request in requests]
     assert all(answer.num_cached_tokens == 0 for answer in alone)
     assert sum(answer.num_cached_tokens == 64 for answer in crowded) >= 5, "75 tokens are 4 blocks"
     num_checked = 0
-    for (prompt, _), one, other in zip(requests, crowded, alone, strict=True):
-        num_sure = oracle.num_greedy(prompt, other)
-        assert one.token_ids[:num_sure] == other.token_ids[:num_sure]
+    for (prompt, _), found, expected in zip(requests, crowded, alone, strict=True):
+        num_sure = oracle.num_greedy(prompt, expected)
+        assert found.token_ids[:num_sure] == expected.token_ids[:num_sure]
         num_checked += num_sure
     assert num_checked > 0.6 * sum(len(answer.token_ids) for answer in alone)
 

@@ -21,6 +21,8 @@ Started = tuple[EngineFront, WatchedRunner, Scheduler]
 Start = Callable[..., Started]
 
 CHOICES = [(40, 41, 42), (40, 41, 43, 44), (50,), (60, 61)]
+MANY_CHOICES = [prompt.token_ids for prompt in prompts([7] * 40, seed=4)]
+"""Their branches are a step of 240 tokens."""
 OBJECT = Grammar('{"type": "object", "properties": {"title": {"enum": ["a", "b"]}}}')
 
 
@@ -182,6 +184,7 @@ def mixed_calls(engine: EngineFront) -> list[Any]:
         engine.generate(shared[0], SamplingParams(12, temperature=0.8, seed=3)),
         engine.generate(shared[1], SamplingParams(30), OBJECT),
         *(engine.score(prompt, CHOICES) for prompt in shared[2:]),
+        engine.score(shared[1], MANY_CHOICES),
     ]
 
 
