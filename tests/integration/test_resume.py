@@ -11,7 +11,6 @@ import pytest
 
 from granite_ray import GraniteRayError, run_job
 from granite_ray.config import parse_config
-from granite_ray.execution import SHARDS_IN_FLIGHT
 from tests.corpus import job_values, make_text, write_corpus, write_file
 from tests.faults import TracedEngines, driver, result_files, wait_until
 from tests.invariants import check_output, report_of, rows_of
@@ -140,8 +139,6 @@ def test_a_driver_killed_at_a_random_moment_is_resumed(
     assert not {f"d{number}" for number in again} & set(committed.values()), (
         "committed, asked again"
     )
-    twice = set(again) & set(asked)
-    assert len(twice) <= 2 * SHARDS_IN_FLIGHT * SHARD, "more than what was in flight"
 
 
 @pytest.mark.slow
