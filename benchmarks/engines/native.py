@@ -27,7 +27,7 @@ def main() -> None:
             num_cached_tokens=sum(completion.num_cached_tokens for completion in completions),
         )
 
-    time_measures(run, assignment.measures)
+    time_measures(run, assignment)
     engine.shutdown()
 
 

@@ -29,7 +29,7 @@ def main() -> None:
             num_steps += max(request.num_completion_tokens for request in batch)
         return Answer(answers, num_steps, num_cached_tokens=0)
 
-    time_measures(run, assignment.measures)
+    time_measures(run, assignment)
 
 
 @torch.inference_mode()

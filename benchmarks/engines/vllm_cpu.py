@@ -44,7 +44,7 @@ def main() -> None:
             num_cached_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
         )
 
-    time_measures(run, assignment.measures)
+    time_measures(run, assignment)
 
 
 if __name__ == "__main__":
