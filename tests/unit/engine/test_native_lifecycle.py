@@ -218,6 +218,21 @@ def assert_same_answers(answers: list[Any], expected: list[Any]) -> None:
             assert found == pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_prompt_that_is_computed_again_for_its_branches_is_weighed_once(
+    checkpoint: Checkpoint, start: Start, late: bool
+) -> None:
+    [prompt] = prompts([20])
+    expected = asyncio.run(start(checkpoint)[0].score(prompt, MANY_CHOICES))
+    error = torch.OutOfMemoryError("no memory")
+    limits = Sizes(max_num_branch_tokens=300)
+    engine, watched, _ = start(checkpoint, limits, error=error, breaks=lambda n: n > 100, late=late)
+    scores = asyncio.run(engine.score(prompt, MANY_CHOICES))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    branch_counts = [count for count in watched.token_counts if count > 20]
+    assert branch_counts == [240, 150, 72, 72, 72, 24], "300 → 150 → 75, in branches of 6"
+
+
 def test_memory_that_fails_in_the_middle_of_answers_moves_no_state_twice(
     checkpoint: Checkpoint, start: Start
 ) -> None:
