@@ -94,6 +94,7 @@ def test_the_shards_of_a_killed_replica_are_done_again(
     assert check_output(tmp_path / "out", NUM_DOCUMENTS) == rows_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_readers_and_committers_are_replaced(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in"), tmp_path / "out"
     run_job(make_config(source, tmp_path / "undisturbed"))
@@ -174,6 +175,7 @@ def names(*numbers: int) -> frozenset[str]:
     return frozenset(f"d{number}" for number in numbers)
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_a_document_twice_nor_misses_one(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in"), tmp_path / "out"
     config = make_config(source, sink, engine=SLOW | {"fake_tokens_per_s": 20_000})
@@ -228,6 +230,7 @@ def test_an_input_file_replaced_during_the_run_stops_it_and_the_next_run_takes_t
     assert names(*range(500, 530)) <= {row["document_id"] for row in rows}
 
 
+@pytest.mark.slow
 def test_an_input_file_replaced_while_it_is_answered_is_not_committed(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in", num_files=1, rows_per_file=5), tmp_path / "out"
     new_file = tmp_path / "new.parquet"

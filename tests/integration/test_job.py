@@ -192,6 +192,7 @@ def make_the_first_rows_fail(config: JobConfig, sink: Path) -> None:
     write_snapshot(storage, replace(snapshot, files=files), lambda: None)
 
 
+@pytest.mark.slow
 def test_the_same_rows_come_out_whatever_the_number_of_replicas(tmp_path: Path) -> None:
     source = write_corpus(tmp_path / "in")
     run_job(make_config(source, tmp_path / "one"))

@@ -25,7 +25,7 @@ NUM_DOCUMENTS = 100
 SHARD = 10
 SLOW = {"fake_tokens_per_s": 4000}
 """Some seconds for the whole corpus, so that there is a middle to be killed in."""
-SLOWER = {"fake_tokens_per_s": 1000}
+SLOWER = {"fake_tokens_per_s": 500}
 Rows = list[dict[str, Any]]
 
 
@@ -52,7 +52,7 @@ def undisturbed(joined_ray: None, corpus: Path, tmp_path_factory: pytest.TempPat
         "after put_if_absent probe",
         "after replace job.json",
         "before replace _SUCCESS.json",
-        "after replace _SUCCESS.json",
+        pytest.param("after replace _SUCCESS.json", marks=pytest.mark.slow),
         pytest.param("before replace lease.json", marks=pytest.mark.slow),
         pytest.param("before replace job.json", marks=pytest.mark.slow),
         pytest.param("before replace progress.json", marks=pytest.mark.slow),
@@ -109,8 +109,8 @@ def test_a_driver_killed_while_it_deletes_what_is_superseded_is_resumed(
 
 
 def seeds() -> list[Any]:
-    """Five seeds by default, fifty under `slow`."""
-    return [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 5 else []) for seed in range(50)]
+    """Two seeds by default, all fifty under `slow`."""
+    return [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 2 else []) for seed in range(50)]
 
 
 @pytest.mark.parametrize("seed", seeds())
@@ -171,7 +171,9 @@ def test_a_signal_lets_the_shards_in_flight_finish_and_releases_the_lease(
     sink, trace = tmp_path / "out", tmp_path / "trace"
     trace.mkdir()
     engines = TracedEngines(str(trace))
-    values = job_values(corpus, sink, engine=SLOWER, job={"grace_s": 60})
+    # Far more shards than a replica takes at once: some have not begun when the signal comes.
+    small = {"documents_per_shard": 2}
+    values = job_values(corpus, sink, engine=SLOWER, source=small, job={"grace_s": 60})
     with driver(tmp_path / "driver", {"config": values, "trace": str(trace)}, ray_address) as told:
         wait_until(lambda: result_files(sink), told)
         told.send(number)
@@ -183,7 +185,8 @@ def test_a_signal_lets_the_shards_in_flight_finish_and_releases_the_lease(
     assert len(rows) < NUM_DOCUMENTS
     finished = {int(row["document_id"][1:]) for row in rows}
     assert set(engines.asked()) == finished, "what had begun was finished"
-    report = run_job(parse_config(job_values(corpus, sink)), make_engine=engines)
+    again = parse_config(job_values(corpus, sink, source=small))
+    report = run_job(again, make_engine=engines)
     assert report.exit_code == 0
     assert check_output(sink, NUM_DOCUMENTS) == undisturbed
     assert max(Counter(engines.asked()).values()) == 1, "nothing is asked twice"

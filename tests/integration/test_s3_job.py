@@ -334,6 +334,7 @@ def test_access_denied_at_the_start_is_refused_by_name(
     assert not bucket.keys("out/")
 
 
+@pytest.mark.slow
 def test_access_lost_in_the_middle_can_be_tried_again(
     bucket: Bucket, runner: Runner, server: FaultyServer
 ) -> None:

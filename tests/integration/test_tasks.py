@@ -335,17 +335,9 @@ print(json.dumps(answers))
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_chat"),
-    [
-        ("granite", False),
-        pytest.param("granite", True, marks=pytest.mark.slow),
-        pytest.param("granitemoe", False, marks=pytest.mark.slow),
-        pytest.param("granitemoe", True, marks=pytest.mark.slow),
-        pytest.param("granitemoehybrid", False, marks=pytest.mark.slow),
-        pytest.param("granitemoehybrid", True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("kind", ["granite", "granitemoe", "granitemoehybrid"])
 def test_a_job_answers_as_plain_transformers_does(tmp_path: Path, kind: str, is_chat: bool) -> None:
     # In a process of its own: torch would stay in this one for all tests that follow.
     folder = tmp_path / "checkpoint"
