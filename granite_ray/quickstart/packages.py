@@ -33,6 +33,12 @@ def read_packages(lists_path: Path) -> list[Package]:
     return join_descriptions(index, translation)
 
 
+def read_maintainers(lists_path: Path) -> dict[str, str]:
+    """Return the maintainer of every package of the suite's main archive by its name."""
+    index = _read_list(lists_path, f"{SUITE}_main_binary-amd64_Packages")
+    return {stanza["Package"]: stanza["Maintainer"] for stanza in parse_stanzas(index)}
+
+
 def read_release(lists_path: Path) -> dict[str, str]:
     """Return the head of the suite's signed Release file: its version and date among others."""
     release = _read_list(lists_path, f"{SUITE}_InRelease")
