@@ -13,6 +13,9 @@ from rich.text import Text
 from granite_ray.cluster import stop_ray
 from granite_ray.config import config_schema, load_config
 from granite_ray.errors import ConfigError, GraniteRayError
+from granite_ray.evaluation.files import DEFAULT_FOLDER, write_evaluation
+from granite_ray.evaluation.measuring import evaluate
+from granite_ray.evaluation.terminal import terminal_view
 from granite_ray.io.storage import open_storage
 from granite_ray.job import RunOptions, redrive_job, run_job
 from granite_ray.progress import default_console, duration, read_progress
@@ -126,6 +129,19 @@ def _report_words(report: dict[str, Any]) -> str:
     )
 
 
+def _eval(arguments: argparse.Namespace, console: Console) -> int:
+    config = load_config(arguments.config, arguments.set)
+    with console.status("measuring"):
+        evaluation = evaluate(config, arguments.truth)
+    folder = arguments.out or f"{config.sink.path.rstrip('/')}/{DEFAULT_FOLDER}"
+    paths = write_evaluation(open_storage(folder), evaluation)
+    told = Console()
+    told.print(terminal_view(evaluation))
+    for path in paths:
+        told.print(Text(f"written {path}"), soft_wrap=True)
+    return 0
+
+
 def _schema(_: argparse.Namespace, __: Console) -> int:
     print(json.dumps(config_schema(), indent=2))
     return 0
@@ -166,6 +182,17 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("output", metavar="OUT", help="sink.path of the job")
     status.add_argument("--json", action="store_true", help="print progress and report as JSON")
 
+    evaluation = commands.add_parser("eval", help="measure the results against a truth column")
+    evaluation.set_defaults(command=_eval)
+    evaluation.add_argument("config", metavar="CONFIG", help="YAML file of the job, as it ran")
+    evaluation.add_argument(
+        "--truth", required=True, metavar="COLUMN", help="column of source.keep_columns"
+    )
+    evaluation.add_argument(
+        "--out", metavar="FOLDER", help="where to write it; by default _granite below sink.path"
+    )
+    _add_set_argument(evaluation)
+
     schema = commands.add_parser("schema", help="print the JSON Schema of a config, for editors")
     schema.set_defaults(command=_schema)
     return parser
@@ -173,18 +200,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a run can be asked; the scripts in pipelines/ share them."""
+    _add_set_argument(parser)
+    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
+    parser.add_argument("--restart", action="store_true", help="answer every document again")
+    parser.add_argument("--allow-failed", action="store_true", help="end with 0 instead of 3")
+    parser.add_argument(
+        "--allow-vanished", action="store_true", help="accept another source root or vanished files"
+    )
+
+
+def _add_set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="a.b=c",
         help="override one key of the config; may be repeated",
-    )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
-    parser.add_argument("--restart", action="store_true", help="answer every document again")
-    parser.add_argument("--allow-failed", action="store_true", help="end with 0 instead of 3")
-    parser.add_argument(
-        "--allow-vanished", action="store_true", help="accept another source root or vanished files"
     )
 
 

@@ -157,7 +157,7 @@ def _generation(
     if restart:
         return Generation(fingerprint, stored["generation"] + 1)
     if stored["fingerprint"] != fingerprint:
-        changed = _changed_fields(stored["config"], config.dump())
+        changed = changed_fields(stored["config"], config.dump())
         raise ConflictError(
             f"{root} holds answers of another fingerprint ({changed or 'the checkpoint'} changed). "
             "Use another sink.path, or --restart to answer every document again."
@@ -165,7 +165,7 @@ def _generation(
     return Generation(fingerprint, stored["generation"])
 
 
-def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name the fields that differ in the sections that decide the answers."""
     return ", ".join(
         f"{section}.{name}"

@@ -1,0 +1,66 @@
+"""Whether evidence says exactly where a value stands."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from granite_ray.evaluation.bootstrap import Bools, Floats, Integers, ratio
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceCounts:
+    """The string values that were answered, by row, and how well each was located.
+
+    `has_texts`: the texts were there, and `is_exact` says that the offsets give the value itself.
+    """
+
+    documents: Integers
+    is_exact: Bools
+    is_located: Bools
+    has_texts: bool
+
+    @property
+    def abouts(self) -> dict[str, str]:
+        """What the figures are."""
+        return {
+            "evidence_exact": "string values whose offsets give just them",
+            "evidence_located": "string values found in the text",
+        }
+
+    def figures(self, weights: Floats) -> dict[str, Floats]:
+        """Return the shares of the string values."""
+        weights = weights[self.documents]
+        return {
+            "evidence_exact": ratio(weights @ self.is_exact, weights.sum()),
+            "evidence_located": ratio(weights @ self.is_located, weights.sum()),
+        }
+
+
+def count_evidence(rows: pa.Table, text_column: str) -> EvidenceCounts:
+    """Look at every piece of evidence."""
+    lists = rows["evidence"].combine_chunks()
+    entries = lists.flatten()
+    documents = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
+    value, start, end = (pc.struct_field(entries, name) for name in ("value", "start", "end"))
+    is_located = pc.is_valid(start).to_numpy(zero_copy_only=False)
+    has_texts = text_column in rows.column_names and pa.types.is_string(rows[text_column].type)
+    if has_texts:
+        is_exact = _is_exact(rows[text_column], documents, value, start, end)
+    else:
+        lengths = pc.equal(pc.subtract(end, start), pc.utf8_length(value))
+        is_exact = pc.fill_null(lengths, False).to_numpy(zero_copy_only=False)
+    return EvidenceCounts(documents, is_exact, is_located, has_texts)
+
+
+def _is_exact(
+    column: pa.ChunkedArray, documents: Integers, value: pa.Array, start: pa.Array, end: pa.Array
+) -> Bools:
+    texts = column.to_pylist()
+    spans = zip(documents, value.to_pylist(), start.to_pylist(), end.to_pylist(), strict=True)
+    found = [
+        first is not None and texts[row] is not None and texts[row][first:last] == wanted
+        for row, wanted, first, last in spans
+    ]
+    return np.array(found, bool)
