@@ -121,11 +121,19 @@ class SamplingParams:
     num_logprobs: int | None = None
 
 
+COPY_KEYWORD = "x-copy"
+"""The schema keyword of strings that are copied from the text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A JSON Schema (as JSON text, already checked) that the completion must satisfy."""
+    """A JSON Schema (as JSON text, already checked) that the completion must satisfy.
+
+    Strings that the schema marks with `x-copy` are spans of `source`, never empty ones.
+    """
 
     json_schema: str
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,9 @@ class FakeEngine:
             token_ids, reason = self._write_text(sampling.max_tokens, random)
         else:
             variant = random.randrange(NUM_JSON_ANSWERS)
-            token_ids, reason = self._written(grammar, sampling.max_tokens, variant)
+            # What is copied from a text is of no use to other texts.
+            write = self._written if grammar.source is None else self._write_json
+            token_ids, reason = write(grammar, sampling.max_tokens, variant)
         await self._take_time(len(prompt.token_ids) + len(token_ids))
         text = self._tokenizer.decode(token_ids).strip()
         kept = text if grammar else cut_at_stop(text, sampling.stop)

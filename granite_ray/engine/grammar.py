@@ -1,18 +1,22 @@
 """JSON Schema → which token may come next.
 
 llguidance does the parsing; here its grammars are compiled once, written compactly (a model cannot
-ramble in white space), and its errors become ours. Torch is not needed.
+ramble in white space), and its errors become ours. What is copied from a text is restricted by
+`copying`, on top of its masks. Torch is not needed.
 """
 
+import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
+from granite_ray.engine.copying import CopySource, CopyTokens, CopyWalk
+from granite_ray.engine.places import Place, copied_places
 from granite_ray.errors import ConfigError, RowFailure
 from granite_ray.records import Grammar
 
@@ -58,7 +62,8 @@ class GrammarCompiler:
         Raises:
             ConfigError: Naming what cannot be compiled.
         """
-        return GrammarMatcher(self._compiled(grammar.json_schema).deep_copy(), self.vocab_size)
+        matcher, top = self._compiled(grammar.json_schema)
+        return GrammarMatcher(matcher.deep_copy(), self.vocab_size, self._copies(top, grammar))
 
     def compute_masks(self, matchers: Sequence["GrammarMatcher"]) -> NDArray[np.uint8]:
         """Return for each matcher which tokens may come next: a row of bits, the first one lowest.
@@ -74,21 +79,41 @@ class GrammarCompiler:
             self._executor.unsafe_compute_mask_ptr(
                 places, packed.ctypes.data, num_bytes, len(matchers)
             )
+        for matcher, mask in zip(matchers, packed, strict=True):
+            matcher.restrict(mask)
         return packed
 
-    def _compile(self, json_schema: str) -> LLMatcher:
+    def _compile(self, json_schema: str) -> tuple[LLMatcher, Place | None]:
         matcher = LLMatcher(self._tokenizer, _grammar_text(json_schema), log_level=0)
         if matcher.is_error():
             raise ConfigError(_refusal(matcher.get_error()))
-        return matcher
+        return matcher, copied_places(json.loads(json_schema))
+
+    def _copies(self, top: Place | None, grammar: Grammar) -> CopyWalk | None:
+        if top is None:
+            return None
+        assert grammar.source is not None, "a schema with x-copy needs a text to copy from"
+        return CopyWalk(top, CopySource(grammar.source, self._copy_tokens), self._copy_tokens)
+
+    @cached_property
+    def _copy_tokens(self) -> CopyTokens:
+        """Made for the first schema that copies: it looks at the whole vocabulary."""
+        tokenizer = self._tokenizer
+        return CopyTokens(
+            [
+                b"" if tokenizer.is_special_token(i) else tokenizer.decode_bytes([i])
+                for i in range(self.vocab_size)
+            ]
+        )
 
 
 class GrammarMatcher:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, copies: CopyWalk | None = None) -> None:
         self.ll_matcher = matcher
         self._vocab_size = vocab_size
+        self._copies = copies
 
     @property
     def is_finished(self) -> bool:
@@ -97,9 +122,16 @@ class GrammarMatcher:
 
     def allowed_tokens(self) -> NDArray[np.bool_]:
         """Return for every token id whether it may come next; the end only where all is closed."""
-        bits = np.frombuffer(self.ll_matcher.compute_bitmask(), np.uint8)
+        num_bytes = 4 * math.ceil(self._vocab_size / 32)
+        mask = np.frombuffer(self.ll_matcher.compute_bitmask(), np.uint8)[:num_bytes].copy()
         self.raise_if_broken()
-        return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+        self.restrict(mask)
+        return np.unpackbits(mask, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def restrict(self, mask: NDArray[np.uint8]) -> None:
+        """Take away, in place, what the grammar allows but would be no copy of the source."""
+        if self._copies is not None:
+            self._copies.restrict(mask)
 
     def forced_tokens(self) -> list[int]:
         """Return the tokens that must come next, all that are certain; they are not consumed."""
@@ -111,6 +143,8 @@ class GrammarMatcher:
         """Step over the token that was chosen."""
         self.ll_matcher.consume_token(token_id)
         self.raise_if_broken()
+        if self._copies is not None:
+            self._copies.consume(token_id)
 
     def raise_if_broken(self) -> None:
         """Raise RowFailure where the grammar cannot follow its answer any more."""

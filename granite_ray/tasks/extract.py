@@ -48,7 +48,7 @@ class Extract:
         self._schema.check_examples(config)
         instruction = (
             f"{config.instruction or DEFAULT_INSTRUCTION} Answer with JSON that follows this "
-            f"JSON Schema:\n{compact_json(self._schema.definition)}"
+            f"JSON Schema:\n{compact_json(self._schema.shown)}"
         )
         words = prompt_words(config, instruction, text_examples(config), limits.text_column)
         template = PromptTemplate(words, tokenizer)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jsonschema
@@ -10,12 +10,14 @@ import pyarrow as pa
 
 from granite_ray.config import TaskSection
 from granite_ray.errors import ConfigError, RowFailure
-from granite_ray.records import Completion, Document, Grammar
+from granite_ray.records import COPY_KEYWORD, Completion, Document, Grammar
 from granite_ray.tasks.answers import read_json
 from granite_ray.tasks.base import MeteredLLM, gather_chunks, sampling_params
+from granite_ray.tasks.copies import has_copies
+from granite_ray.tasks.keywords import Definition
 from granite_ray.tasks.merge import MergedRecord, merge_records
 from granite_ray.tasks.prompts import Filling, PromptTemplate
-from granite_ray.tasks.schema import Definition, check_schema, compile_grammar, without_keyword
+from granite_ray.tasks.schema import check_schema, compile_grammar, without_keyword
 from granite_ray.tasks.shapes import Shape, arrow_value, declared_path, pointer, shape_of
 
 
@@ -23,11 +25,16 @@ class RecordSchema:
     """A user's schema, ready to ask with.
 
     A document of one chunk is asked for the record itself. Of several chunks each is asked for
-    what it knows: there every property may be null and every list short.
+    what it knows: there every property may be null and every list short. Strings marked `x-copy`
+    are copied from the chunk that is asked.
+
+    `shown` is the definition as the model sees it: without the mark, which it could not heed.
     """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self.definition = check_schema(schema)
+        self.has_copies = has_copies(self.definition)
+        self.shown = without_keyword(self.definition, COPY_KEYWORD)
         self.shape = shape_of(self.definition)
         self.field = pa.field("fields", self.shape.arrow_type)
         self._validator = _validator(self.definition)
@@ -67,6 +74,10 @@ class _Form:
         validator = _validator(without_keyword(definition, "uniqueItems"))
         return cls(compile_grammar(definition), validator, shape)
 
+    def grammar_over(self, text: str) -> Grammar:
+        """Return the grammar of an answer that may copy strings from a chunk's text."""
+        return replace(self.grammar, source=text)
+
     def read(self, completion: Completion) -> dict[str, Any]:
         """Return the record that was written."""
         record = read_json(completion)
@@ -92,7 +103,8 @@ class RecordQuestion:
         async def ask(chunk_index: int, filling: Filling) -> tuple[int, dict[str, Any]]:
             sampling = sampling_params(self.config, document, "record", chunk_index)
             prompt = self.template.fill(filling)
-            return chunk_index, form.read(await llm.generate(prompt, sampling, form.grammar))
+            grammar = form.grammar_over(filling.text) if self.schema.has_copies else form.grammar
+            return chunk_index, form.read(await llm.generate(prompt, sampling, grammar))
 
         calls = [ask(index, filling) for index, filling in fillings.items()]
         answers = await gather_chunks(calls, llm, self.max_failed_chunks)

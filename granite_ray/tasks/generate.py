@@ -73,6 +73,11 @@ class Generate:
             )
         schema = RecordSchema(config.schema_)
         schema.check_examples(config)
+        if schema.has_copies and not self._template.shows_text:
+            raise ConfigError(
+                "task.schema has x-copy, which copies from the text, and task.template never shows "
+                "the text. Write {{ text }} where it belongs, or remove x-copy."
+            )
         return RecordQuestion(config, schema, self._template, limits.max_failed_chunks)
 
     def _fields(self) -> tuple[pa.Field, ...]:

@@ -13,46 +13,30 @@ import jsonschema
 from llguidance import LLMatcher
 
 from granite_ray.errors import ConfigError
-from granite_ray.records import Grammar
+from granite_ray.records import COPY_KEYWORD, Grammar
+from granite_ray.tasks.copies import settle_copies
+from granite_ray.tasks.keywords import (
+    ADVICE,
+    CONSTRAINTS,
+    DROPPED_NOTES,
+    MANY_SCHEMAS,
+    ONE_SCHEMA,
+    SHOWN_NOTES,
+    Definition,
+    escaped,
+    refusal,
+)
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 16
 MAX_NODES = 2_000
 """Counted after references are filled in, so that they cannot multiply without limit."""
 
-ONE_SCHEMA = frozenset({"items", "additionalProperties"})
-MANY_SCHEMAS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
-CONSTRAINTS = (
-    frozenset({"type", "enum", "const", "required", "minProperties", "maxProperties"})
-    | {"minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format"}
-    | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
-)
-SHOWN_NOTES = frozenset({"description", "examples"})
-"""Annotations that stay, because the model sees them."""
-
-DROPPED_NOTES = frozenset(
-    {"title", "default", "deprecated", "readOnly", "writeOnly", "discriminator"}
-) | {"contentEncoding", "contentMediaType", "$comment", "$schema", "$id", "$defs", "definitions"}
-ADVICE = {
-    "not": "State what the value is instead.",
-    "if": "Use anyOf.",
-    "then": "Use anyOf.",
-    "else": "Use anyOf.",
-    "patternProperties": "Use additionalProperties.",
-    "propertyNames": "Name the properties.",
-    "contains": "Constrain items instead.",
-    "additionalItems": "Use prefixItems and items.",
-    "dependentRequired": "Use anyOf.",
-    "dependentSchemas": "Use anyOf.",
-    "$dynamicRef": "Use $ref.",
-    "x-guidance": "It would change the grammar itself.",
-}
-
-Definition = dict[str, Any]
-
 
 def check_schema(schema: Mapping[str, Any]) -> Definition:
     """Return the definition of a record: references filled in, objects closed, notes dropped.
+
+    Strings marked `x-copy` are nullable in it, or items of a list.
 
     Raises:
         ConfigError: Naming the place as a JSON Pointer and the way out.
@@ -68,7 +52,7 @@ def check_schema(schema: Mapping[str, Any]) -> Definition:
             "must be false or absent: each property is a field of the output."
         )
     _check_form(definition)  # again: a $ref may have led to what is no schema
-    return definition
+    return settle_copies(definition)
 
 
 def compile_grammar(definition: Definition) -> Grammar:
@@ -137,7 +121,7 @@ class _Walk:
         if isinstance(node, bool):
             return {} if node else False
         if not isinstance(node, Mapping):
-            raise _refusal(place, f"{node!r} is not a schema", "Write an object.")
+            raise refusal(place, f"{node!r} is not a schema", "Write an object.")
         self._count(place, depth)
         if "$ref" in node:
             return self._follow(node, place, depth, refs, is_open=is_open)
@@ -155,6 +139,10 @@ class _Walk:
     ) -> Any:
         if key in CONSTRAINTS or key in SHOWN_NOTES:
             return value
+        if key == COPY_KEYWORD:
+            if value is not True:
+                raise refusal(place, f"it is {value!r}", "Write true, or leave it out.")
+            return value
         if key in ONE_SCHEMA:
             if isinstance(value, bool):
                 return value
@@ -166,10 +154,10 @@ class _Walk:
             ]
         if key == "properties":
             return {
-                name: self.resolve(below, f"{place}/{_escaped(name)}", depth + 1, refs)
+                name: self.resolve(below, f"{place}/{escaped(name)}", depth + 1, refs)
                 for name, below in value.items()
             }
-        raise _refusal(place, f"the keyword {key!r} is not supported", ADVICE.get(key, ""))
+        raise refusal(place, f"the keyword {key!r} is not supported", ADVICE.get(key, ""))
 
     def _follow(
         self,
@@ -182,11 +170,11 @@ class _Walk:
     ) -> Any:
         ref = node["$ref"]
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
-            raise _refusal(place, f"$ref {ref!r} is not local", "Copy what it means into $defs.")
+            raise refusal(place, f"$ref {ref!r} is not local", "Copy what it means into $defs.")
         if ref in refs:
-            raise _refusal(place, f"$ref {ref!r} is recursive", "Write out the levels you need.")
+            raise refusal(place, f"$ref {ref!r} is recursive", "Write out the levels you need.")
         if len(refs) >= MAX_DEPTH:
-            raise _refusal(place, f"more than {MAX_DEPTH} $ref follow each other", "Shorten them.")
+            raise refusal(place, f"more than {MAX_DEPTH} $ref follow each other", "Shorten them.")
         found = self._lookup(ref, place)
         refs |= {ref}
         beside = {key: value for key, value in node.items() if key != "$ref"}
@@ -202,21 +190,13 @@ class _Walk:
         for step in ref.split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or name not in found:
-                raise _refusal(place, f"$ref {ref!r} leads nowhere", "Add it to $defs.")
+                raise refusal(place, f"$ref {ref!r} leads nowhere", "Add it to $defs.")
             found = found[name]
         return found
 
     def _count(self, place: str, depth: int) -> None:
         self.num_nodes += 1
         if depth > MAX_DEPTH:
-            raise _refusal(place, f"it is nested deeper than {MAX_DEPTH} levels", "Flatten it.")
+            raise refusal(place, f"it is nested deeper than {MAX_DEPTH} levels", "Flatten it.")
         if self.num_nodes > MAX_NODES:
-            raise _refusal(place, f"it has more than {MAX_NODES:,} parts", "Make it smaller.")
-
-
-def _escaped(name: str) -> str:
-    return name.replace("~", "~0").replace("/", "~1")
-
-
-def _refusal(place: str, problem: str, way_out: str) -> ConfigError:
-    return ConfigError(f"task.schema at {place or '/'}: {problem}. {way_out}".strip())
+            raise refusal(place, f"it has more than {MAX_NODES:,} parts", "Make it smaller.")

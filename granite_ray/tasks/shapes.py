@@ -13,7 +13,7 @@ import jsonschema
 import pyarrow as pa
 
 from granite_ray.errors import RowFailure
-from granite_ray.tasks.schema import Definition
+from granite_ray.tasks.keywords import Definition
 
 Kind = Literal["object", "array", "string", "integer", "number", "boolean", "json"]
 
