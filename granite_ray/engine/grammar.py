@@ -15,8 +15,9 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from granite_ray.engine.copying import CopySource, CopyTokens, CopyWalk
+from granite_ray.engine.copying import CopySource, CopyWalk
 from granite_ray.engine.places import Place, copied_places
+from granite_ray.engine.spelling import CopyTokens
 from granite_ray.errors import ConfigError, RowFailure
 from granite_ray.records import Grammar
 

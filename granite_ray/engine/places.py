@@ -57,7 +57,7 @@ class Standing:
 
     `place` is that of the value that is being written or comes next, None where nothing below it
     is copied. `above` are the objects and arrays around it: their places, and whether each is an
-    object.
+    object. `key` is of interest only where a copied string can be below it.
     """
 
     place: Place | None
@@ -85,14 +85,14 @@ class Standing:
             around, _ = self.above[-1]
             name = json.loads(b'"%s"' % self.key)
             place = around.properties.get(name) if around else None
-            return replace(self, place=place, expects_key=False)
+            return replace(self, place=place, expects_key=False, key=b"")
         return self
 
     def _after_in_string(self, byte: int) -> "Standing":
         if byte == QUOTE and not self.is_escaped:
             return replace(self, inside=Inside.NOTHING)
         is_escaped = byte == BACKSLASH and not self.is_escaped
-        if self.inside is Inside.KEY:
+        if self.inside is Inside.KEY and self.above[-1][0]:
             return replace(self, is_escaped=is_escaped, key=self.key + bytes([byte]))
         return self if is_escaped == self.is_escaped else replace(self, is_escaped=is_escaped)
 

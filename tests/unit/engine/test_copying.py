@@ -120,7 +120,9 @@ def walk(vocabulary, text, seed, schema=SCHEMA):
     beginnings = {span[:length] for span in spans for length in range(len(span) + 1)}
     written = b""
     while not matcher.is_finished:
+        forced = matcher.forced_tokens()
         allowed = np.flatnonzero(matcher.allowed_tokens()).tolist()
+        assert not forced or allowed == forced[:1]
         expected = [
             token_id
             for token_id in np.flatnonzero(plain.allowed_tokens()).tolist()
