@@ -59,6 +59,7 @@ def score_records(
         }
 
     estimates = estimate(measure, rows.num_rows)
+    names = [path or "/" for path in fields]
     abouts = {"exact_records": "records with all fields right"}
     abouts |= evidence.abouts if evidence else {}
     return Findings(
@@ -66,7 +67,7 @@ def score_records(
             **agreement.averages(estimates, "values", "fields"),
             **{name: estimates[name].metric(about) for name, about in abouts.items()},
         },
-        tables={"fields": agreement.table("Fields", "field", fields, estimates)},
+        tables={"fields": agreement.table("Fields", "field", names, estimates)},
         notes=(
             "A failed row counts as one without values, and never as an exact record.",
             "Null is absent; values are compared exactly, list items without their order.",

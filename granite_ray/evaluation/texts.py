@@ -56,8 +56,9 @@ def _load_scorer() -> ScoreText:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
+        name = (error.name or "one of them").partition(".")[0]
         raise ConfigError(
-            f"Texts are measured with rouge-score and sacrebleu, and {error.name} is not "
+            f"Texts are measured with rouge-score and sacrebleu, and {name} is not "
             "installed. Run: pip install 'granite-ray[eval]'"
         ) from error
     rouge, chrf = RougeScorer(["rouge1", "rouge2", "rougeL"]), CHRF()

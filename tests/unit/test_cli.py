@@ -21,6 +21,7 @@ from tests.corpus import job_values
         (["run", "a.yaml", "--limit", "few"], "--limit"),
         (["run", "a.yaml", "--faster"], "unrecognized arguments: --faster"),
         (["status"], "arguments are required: OUT"),
+        (["eval", "a.yaml"], "arguments are required: --truth"),
     ],
 )
 def test_a_command_that_cannot_be_read_ends_with_2(
@@ -40,7 +41,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    for command in ("run", "redrive", "status", "schema"):
+    for command in ("run", "redrive", "status", "eval", "schema"):
         assert f"\n    {command} " in told
 
 
