@@ -33,7 +33,11 @@ from granite_ray.tasks import Task, make_task
 from granite_ray.tokenizer import load_tokenizer
 
 QUICKSTART_CORPUS = Path(__file__).parent / "quickstart" / "corpus"
-"""What `source.path: quickstart` names."""
+EMBEDDED_SOURCES = {
+    "quickstart": QUICKSTART_CORPUS / "packages.parquet",
+    "quickstart-changelogs": QUICKSTART_CORPUS / "changelogs.parquet",
+}
+"""What these names mean as `source.path`."""
 
 OpenStorage = Callable[[str], Storage]
 
@@ -165,8 +169,7 @@ def _counted_retries(storages: OpenedStorages, report: RunReport) -> Iterator[No
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     """Workers, and a later redrive, may stand in another folder."""
     paths = tuple(
-        str(QUICKSTART_CORPUS) if path == "quickstart" else absolute(path)
-        for path in config.source.path
+        str(EMBEDDED_SOURCES.get(path) or absolute(path)) for path in config.source.path
     )
     source = config.source.model_copy(update={"path": paths})
     sink = config.sink.model_copy(update={"path": absolute(config.sink.path)})

@@ -1,4 +1,4 @@
-"""Make the changelog corpus and its training data: collected changelogs → Parquet files.
+"""Make the changelog corpus: collected changelogs → `corpus/changelogs.parquet`.
 
 Run it as `python -m granite_ray.quickstart.make_changelog_corpus --sources FOLDER --lists FOLDER`;
 README.md says how to fill the folders. The same changelogs give the same bytes.
@@ -7,7 +7,6 @@ README.md says how to fill the folders. The same changelogs give the same bytes.
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -17,10 +16,9 @@ import pyarrow.parquet as pq
 from granite_ray.quickstart.changelogs import ChangelogEntry, is_trained_on, read_changelogs
 from granite_ray.quickstart.packages import is_held_out, name_digest, read_release
 
-CORPUS_PATH = Path(__file__).parent / "changelog_corpus" / "changelogs.parquet"
+CORPUS_PATH = Path(__file__).parent / "corpus" / "changelogs.parquet"
 NUM_ENTRIES = 300
 NUM_CHARACTERS = range(80, 6_001)
-PARTS = ("changelogs-train.parquet", "changelogs-heldout.parquet")
 ROW_GROUP_SIZE = 100
 
 STRINGS = pa.list_(pa.string())
@@ -39,19 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the corpus and, where a folder for them is named, the two parts of all entries."""
+    """Write the corpus and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sources", type=Path, required=True, help="folder of changelogs")
     parser.add_argument("--lists", type=Path, required=True, help="folder of apt's lists")
     parser.add_argument("--out", type=Path, default=CORPUS_PATH)
-    parser.add_argument("--parts", type=Path, help="folder for the training and held-out entries")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     entries, num_malformed = read_changelogs(arguments.sources)
     logger.info("%d distinct entries, %d malformed ones left out", len(entries), num_malformed)
-    if arguments.parts:
-        write_parts(entries, arguments.parts)
     chosen = choose_entries(entries)
     write_corpus(chosen, read_release(arguments.lists), arguments.out)
     logger.info("%d entries → %s", len(chosen), arguments.out)
@@ -100,7 +95,11 @@ def entry_id(entry: ChangelogEntry) -> str:
 
 def write_corpus(entries: Sequence[ChangelogEntry], release: Mapping[str, str], path: Path) -> None:
     """Write the chosen entries and their truth, with their provenance in the file's schema."""
-    fields = [("entry", pa.string()), ("text", pa.string()), ("truth", pa.struct(TRUTH.items()))]
+    fields = [
+        ("entry", pa.string()),
+        ("changelog", pa.string()),
+        ("truth", pa.struct(TRUTH.items())),
+    ]
     provenance: dict[bytes | str, bytes | str] = {
         "origin": f"changelogs of {release['Origin']} {release['Codename']} main",
         "release_date": release["Date"],
@@ -108,28 +107,14 @@ def write_corpus(entries: Sequence[ChangelogEntry], release: Mapping[str, str], 
     rows = [
         {
             "entry": entry_id(entry),
-            "text": entry.text,
+            "changelog": entry.text,
             "truth": {name: getattr(entry, name) for name in TRUTH},
         }
         for entry in entries
     ]
-    _write(rows, pa.schema(fields, metadata=provenance), path)
-
-
-def write_parts(entries: Sequence[ChangelogEntry], path: Path) -> None:
-    """Write all entries that may be trained on and all of held-out sources, a file for each."""
-    schema = pa.schema([("source", pa.string()), ("text", pa.string()), *TRUTH.items()])
-    training = [asdict(entry) for entry in entries if is_trained_on(entry)]
-    held_out = [asdict(entry) for entry in entries if is_held_out(entry.source)]
-    for name, part in zip(PARTS, (training, held_out), strict=True):
-        _write(part, schema, path / name)
-        logger.info("%d entries → %s", len(part), path / name)
-
-
-def _write(rows: Sequence[Mapping[str, object]], schema: pa.Schema, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
-        pa.Table.from_pylist(list(rows), schema=schema),
+        pa.Table.from_pylist(rows, schema=pa.schema(fields, metadata=provenance)),
         path,
         compression="zstd",
         compression_level=19,

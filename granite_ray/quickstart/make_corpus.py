@@ -26,8 +26,6 @@ CORPUS_PATH = Path(__file__).parent / "corpus" / "packages.parquet"
 NUM_DOCUMENTS = 1_000
 NUM_LONGEST = 100
 """The longest texts come in whatever the lot says, so that chunking can be seen."""
-MIN_SECTION_PACKAGES = 20
-"""A section with fewer packages to choose from is left out: it could not be scored."""
 ROW_GROUP_SIZE = 100
 
 logger = logging.getLogger(__name__)
@@ -60,9 +58,7 @@ def choose_documents(packages: Sequence[Package]) -> list[Package]:
         if is_held_out(package.name) and opening not in trained_on:
             clean.setdefault(opening, package)
 
-    sizes = Counter(package.section for package in clean.values())
-    pool = [p for p in clean.values() if sizes[p.section] >= MIN_SECTION_PACKAGES]
-    pool.sort(key=lambda package: (-len(package.text), package.name))
+    pool = sorted(clean.values(), key=lambda package: (-len(package.text), package.name))
     lot = sorted(pool[NUM_LONGEST:], key=lambda package: name_digest(package.name))
     chosen = pool[:NUM_LONGEST] + lot[: NUM_DOCUMENTS - NUM_LONGEST]
     return sorted(chosen, key=lambda package: package.name)
