@@ -19,21 +19,42 @@ from granite_ray.evaluation.bootstrap import (
 from granite_ray.evaluation.findings import Cell, Metric, Table, defined
 
 MAX_GROUPS_SHOWN = 12
+DENSITY = 4
+"""Values are kept as a matrix where they fill at least one place in so many."""
 
 
-@dataclass(frozen=True, slots=True)
 class Values:
-    """Some values: the document (a row number) and the group (an index) of each."""
+    """Some values: the document (a row number) and the group (an index) of each.
 
-    documents: Integers
-    groups: Integers
+    Args:
+        documents: Of each value.
+        groups: Of each value.
+        shape: How many documents and groups there are.
+    """
 
-    def totals(self, weights: Floats, num_groups: int) -> Floats:
+    def __init__(self, documents: Integers, groups: Integers, shape: tuple[int, int]) -> None:
+        self.documents = documents
+        self.groups = groups
+        self.shape = shape
+        # Where most places are taken, as in records, a matrix product is many times quicker than
+        # counting; where few are, as with one of many labels, the matrix would be large and empty.
+        self._counts: Floats | None = None
+        if len(documents) * DENSITY >= shape[0] * shape[1]:
+            places = documents * shape[1] + groups
+            counts = np.bincount(places, minlength=shape[0] * shape[1])
+            self._counts = counts.reshape(shape).astype(np.float64)
+
+    def by_group(self, weights: Floats) -> Floats:
         """Return the weighted number of values in each group."""
-        totals: Floats = np.bincount(
-            self.groups, weights[self.documents], minlength=num_groups
-        ).astype(np.float64)
-        return totals
+        if self._counts is not None:
+            return weights @ self._counts
+        return np.bincount(self.groups, weights[self.documents], minlength=self.shape[1]).astype(
+            np.float64, copy=False
+        )
+
+    def by_document(self) -> Integers:
+        """Return the number of values of each document."""
+        return np.bincount(self.documents, minlength=self.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +64,6 @@ class Agreement:
     truths: Values
     answers: Values
     hits: Values
-    num_groups: int
 
     def figures(self, weights: Floats) -> dict[str, Floats]:
         """Measure each group, all values together (micro), and the mean of groups (macro).
@@ -51,8 +71,7 @@ class Agreement:
         A group that has neither truths nor answers has no F1, and no part in the macro.
         """
         truths, answers, hits = (
-            values.totals(weights, self.num_groups)
-            for values in (self.truths, self.answers, self.hits)
+            values.by_group(weights) for values in (self.truths, self.answers, self.hits)
         )
         f1 = ratio(2 * hits, truths + answers)
         return {
@@ -70,11 +89,10 @@ class Agreement:
         """How many groups have truths or answers."""
         return len(np.union1d(self.truths.groups, self.answers.groups))
 
-    def is_exact(self, num_documents: int) -> Bools:
+    def is_exact(self) -> Bools:
         """Tell of each document whether its answers are its truths, no more and no less."""
         truths, answers, hits = (
-            np.bincount(values.documents, minlength=num_documents)
-            for values in (self.truths, self.answers, self.hits)
+            values.by_document() for values in (self.truths, self.answers, self.hits)
         )
         found: Bools = (truths == hits) & (answers == hits)
         return found
@@ -95,8 +113,8 @@ class Agreement:
         self, title: str, group: str, names: Sequence[str], estimates: Mapping[str, Estimate]
     ) -> Table:
         """Return the groups that were seen, those with most truths first."""
-        truths = np.bincount(self.truths.groups, minlength=self.num_groups)
-        answers = np.bincount(self.answers.groups, minlength=self.num_groups)
+        everyone = np.ones(self.truths.shape[0])
+        truths, answers = self.truths.by_group(everyone), self.answers.by_group(everyone)
         f1 = estimates["f1"]
         figures = (
             estimates["precision"].value,

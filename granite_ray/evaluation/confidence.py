@@ -16,26 +16,39 @@ COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 MAX_CURVE_POINTS = 200
 
 
-@dataclass(frozen=True, slots=True)
 class Calibration:
-    """Probabilities that were given, and whether each came true; `documents` are row numbers."""
+    """Probabilities that were given, and whether each came true.
 
-    probabilities: Floats
-    is_true: Bools
-    documents: Integers
+    Args:
+        probabilities: One for each answer.
+        is_true: Of each answer.
+        documents: The row number of each; a row may have any number of them.
+        num_documents: How many rows there are.
+    """
+
+    def __init__(
+        self, probabilities: Floats, is_true: Bools, documents: Integers, num_documents: int
+    ) -> None:
+        bins = np.floor(probabilities * NUM_BINS).astype(np.int64)
+        self._bins = np.clip(bins, 0, NUM_BINS - 1)  # a probability of 1 belongs to the last
+        self._probabilities = probabilities
+        self._is_true = is_true
+        gaps = np.bincount(
+            documents * NUM_BINS + self._bins, probabilities - is_true, num_documents * NUM_BINS
+        )
+        self._gaps = gaps.reshape(num_documents, NUM_BINS)
+        self._numbers = np.bincount(documents, minlength=num_documents)
 
     def error(self, weights: Floats) -> Floats:
         """Return the ECE."""
-        weights = weights[self.documents]
-        gaps = weights * (self.probabilities - self.is_true)
-        return ratio(np.abs(np.bincount(self._bins(), gaps, NUM_BINS)).sum(), weights.sum())
+        return ratio(np.abs(weights @ self._gaps).sum(), weights @ self._numbers)
 
     def table(self, title: str) -> Table:
         """Return the bins that hold anything."""
-        bins = self._bins()
+        bins = self._bins
         counts = np.bincount(bins, minlength=NUM_BINS)
-        means = ratio(np.bincount(bins, self.probabilities, NUM_BINS), counts)
-        shares = ratio(np.bincount(bins, self.is_true, NUM_BINS), counts)
+        means = ratio(np.bincount(bins, self._probabilities, NUM_BINS), counts)
+        shares = ratio(np.bincount(bins, self._is_true, NUM_BINS), counts)
         rows: list[tuple[Cell, ...]] = [
             (
                 index / NUM_BINS,
@@ -47,10 +60,6 @@ class Calibration:
             for index in np.flatnonzero(counts)
         ]
         return Table(title, ("from", "to", "answers", "mean confidence", "accuracy"), tuple(rows))
-
-    def _bins(self) -> Integers:
-        bins = np.floor(self.probabilities * NUM_BINS).astype(np.int64)
-        return np.clip(bins, 0, NUM_BINS - 1)  # a probability of 1 belongs to the last
 
 
 @dataclass(frozen=True, slots=True)

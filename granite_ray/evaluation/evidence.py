@@ -11,14 +11,14 @@ from granite_ray.evaluation.bootstrap import Bools, Floats, Integers, ratio
 
 @dataclass(frozen=True, slots=True)
 class EvidenceCounts:
-    """The string values that were answered, by row, and how well each was located.
+    """Of each row: how many strings it has, how many were located, and how many exactly.
 
-    `has_texts`: the texts were there, and `is_exact` says that the offsets give the value itself.
+    `has_texts`: the texts were there, and exact means that the offsets give the value itself.
     """
 
-    documents: Integers
-    is_exact: Bools
-    is_located: Bools
+    strings: Integers
+    located: Integers
+    exact: Integers
     has_texts: bool
 
     @property
@@ -31,10 +31,10 @@ class EvidenceCounts:
 
     def figures(self, weights: Floats) -> dict[str, Floats]:
         """Return the shares of the string values."""
-        weights = weights[self.documents]
+        strings = weights @ self.strings
         return {
-            "evidence_exact": ratio(weights @ self.is_exact, weights.sum()),
-            "evidence_located": ratio(weights @ self.is_located, weights.sum()),
+            "evidence_exact": ratio(weights @ self.exact, strings),
+            "evidence_located": ratio(weights @ self.located, strings),
         }
 
 
@@ -51,7 +51,11 @@ def count_evidence(rows: pa.Table, text_column: str) -> EvidenceCounts:
     else:
         lengths = pc.equal(pc.subtract(end, start), pc.utf8_length(value))
         is_exact = pc.fill_null(lengths, False).to_numpy(zero_copy_only=False)
-    return EvidenceCounts(documents, is_exact, is_located, has_texts)
+    strings, located, exact = (
+        np.bincount(some, minlength=rows.num_rows)
+        for some in (documents, documents[is_located], documents[is_exact])
+    )
+    return EvidenceCounts(strings, located, exact, has_texts)
 
 
 def _is_exact(

@@ -21,15 +21,14 @@ def score_label_sets(rows: pa.Table, truth: str, config: ClassifyConfig) -> Find
     """
     column = label_sets_of(rows, truth)
     names = LabelNames.of(config, column.flatten(), truth)
-    num_names = len(names.names)
+    shape = rows.num_rows, len(names.names)
     truths, answers = pairs(column, names), pairs(rows["labels"].combine_chunks(), names)
     agreement = Agreement(
-        truths=_values(truths, num_names),
-        answers=_values(answers, num_names),
-        hits=_values(np.intersect1d(truths, answers, assume_unique=True), num_names),
-        num_groups=num_names,
+        truths=_values(truths, shape),
+        answers=_values(answers, shape),
+        hits=_values(np.intersect1d(truths, answers, assume_unique=True), shape),
     )
-    is_exact = agreement.is_exact(rows.num_rows) & pc.equal(rows["status"], "ok").to_numpy()
+    is_exact = agreement.is_exact() & pc.equal(rows["status"], "ok").to_numpy()
     calibration = _calibration(rows, truths, names)
 
     def measure(weights: Floats) -> dict[str, Floats]:
@@ -53,17 +52,17 @@ def score_label_sets(rows: pa.Table, truth: str, config: ClassifyConfig) -> Find
         },
         notes=(
             "A failed row counts as one without labels, and never as right for subset accuracy.",
-            *names.notes(truths % num_names),
+            *names.notes(truths % shape[1]),
         ),
     )
 
 
-def _values(pairs: Integers, num_names: int) -> Values:
-    return Values(pairs // num_names, pairs % num_names)
+def _values(pairs: Integers, shape: tuple[int, int]) -> Values:
+    return Values(pairs // shape[1], pairs % shape[1], shape)
 
 
 def _calibration(rows: pa.Table, truths: Integers, names: LabelNames) -> Calibration:
     """Judge the probability of every label that was asked for, as a yes to it."""
     scores = Scores.of(rows["scores"], names)
     is_true = np.isin(scores.rows * len(names.names) + scores.codes, truths)
-    return Calibration(scores.probabilities, is_true, scores.rows)
+    return Calibration(scores.probabilities, is_true, scores.rows, rows.num_rows)

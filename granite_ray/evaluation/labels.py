@@ -57,7 +57,7 @@ def score_labels(rows: pa.Table, truth: str, config: ClassifyConfig) -> Findings
         tables={
             "labels": agreement.table("Labels", "label", names.names, estimates),
             "confusions": Table(
-                "Most confused", ("true", "answered", "rows", "share"), tuple(confusions), 5
+                "Most confused", ("true", "answered", "rows", "share of true"), tuple(confusions), 5
             ),
             "coverage": coverage.table(),
             "reliability": calibration.table("Reliability: can confidence be believed?"),
@@ -103,18 +103,20 @@ class _Answers:
         )
 
     def agreement(self, num_labels: int) -> Agreement:
-        everyone = np.arange(len(self.truths))
+        shape = len(self.truths), num_labels
+        everyone = np.arange(shape[0])
         return Agreement(
-            truths=Values(everyone, self.truths),
-            answers=Values(everyone[self.has_label], self.given[self.has_label]),
-            hits=Values(everyone[self.is_right], self.truths[self.is_right]),
-            num_groups=num_labels,
+            truths=Values(everyone, self.truths, shape),
+            answers=Values(everyone[self.has_label], self.given[self.has_label], shape),
+            hits=Values(everyone[self.is_right], self.truths[self.is_right], shape),
         )
 
     def calibration(self) -> Calibration:
         """Return it for the rows that have a confidence."""
         rows = np.flatnonzero(np.isfinite(self.confidences))
-        return Calibration(self.confidences[rows], self.would_be_right[rows], rows)
+        return Calibration(
+            self.confidences[rows], self.would_be_right[rows], rows, len(self.truths)
+        )
 
 
 def _metrics(

@@ -61,7 +61,7 @@ def _each_bar(table: Table) -> Iterator[Bar]:
             x=_x(start) + 1,
             y=_y(accuracy),
             width=_x(stop) - _x(start) - 2,
-            height=HEIGHT - _y(accuracy),
+            height=max(HEIGHT - _y(accuracy), 1),  # none is not nothing: it must be seen
             about=f"{number:,.0f} answers, mean confidence {confidence:.3f}, "
             f"accuracy {accuracy:.3f}",
         )

@@ -48,7 +48,7 @@ def score_records(
     truths = records_of(rows, truth)
     fields = _measured_fields(truths, shape, truth)
     agreement = _compare(truths, rows, shape, fields, truth)
-    is_exact = agreement.is_exact(rows.num_rows) & pc.equal(rows["status"], "ok").to_numpy()
+    is_exact = agreement.is_exact() & pc.equal(rows["status"], "ok").to_numpy()
     evidence = count_evidence(rows, text_column) if "evidence" in rows.column_names else None
 
     def measure(weights: Floats) -> dict[str, Floats]:
@@ -115,13 +115,14 @@ def _compare(
                 if path in group_of
                 for _ in range(count)
             ]
-    truths_found, answers, hits = (_values(found) for found in kinds)
-    return Agreement(truths_found, answers, hits, len(fields))
+    size = rows.num_rows, len(fields)
+    asked_values, given_values, hits = (_values(found, size) for found in kinds)
+    return Agreement(asked_values, given_values, hits)
 
 
-def _values(pairs: list[tuple[int, int]]) -> Values:
+def _values(pairs: list[tuple[int, int]], shape: tuple[int, int]) -> Values:
     array = np.array(pairs, np.int64).reshape(-1, 2)
-    return Values(array[:, 0], array[:, 1])
+    return Values(array[:, 0], array[:, 1], shape)
 
 
 def _scope_notes(

@@ -57,10 +57,11 @@ def test_what_is_divided_by_nothing_is_not_defined() -> None:
     assert np.isnan(mean_of_defined(np.array([np.nan])))
 
 
-def test_a_weight_counts_a_document_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("num_groups", [6, 60])  # kept as a matrix, and counted
+def test_a_weight_counts_a_document_as_often_as_it_says(num_groups: int) -> None:
     generator = np.random.default_rng(5)
     weights = generator.integers(4, size=30)
-    sets = [generator.integers(6, size=size) for size in (80, 70)]
+    sets = [generator.integers(num_groups, size=size) for size in (80, 70)]
     truths, answers = (
         np.unique(np.stack([generator.integers(30, size=len(groups)), groups], 1), axis=0)
         for groups in sets
@@ -70,10 +71,11 @@ def test_a_weight_counts_a_document_as_often_as_it_says() -> None:
     def repeated(pairs: np.ndarray) -> Values:
         """Copy k of document d becomes document 100 k + d."""
         copies = [(100 * k + d, g) for d, g in pairs for k in range(weights[d])]
-        return Values(*np.array(copies).T)
+        return Values(*np.array(copies).T, shape=(400, num_groups))
 
-    once = Agreement(*(Values(*pairs.T) for pairs in (truths, answers, hits)), num_groups=6)
-    copied = Agreement(*map(repeated, (truths, answers, hits)), num_groups=6)
+    kinds = (truths, answers, hits)
+    once = Agreement(*(Values(*pairs.T, shape=(30, num_groups)) for pairs in kinds))
+    copied = Agreement(*map(repeated, kinds))
     expected = copied.figures(np.ones(400))
     for name, figure in once.figures(weights.astype(float)).items():
         assert figure == pytest.approx(expected[name], nan_ok=True), name
@@ -82,10 +84,10 @@ def test_a_weight_counts_a_document_as_often_as_it_says() -> None:
 def test_the_calibration_error_weighs_documents_too() -> None:
     probabilities = np.array([0.05, 0.07, 0.9, 1.0, 1.0])
     is_true = np.array([False, True, True, True, False])
-    one = Calibration(probabilities, is_true, np.arange(5))
+    one = Calibration(probabilities, is_true, np.arange(5), 5)
     weights = np.array([2.0, 0.0, 1.0, 3.0, 1.0])
     index = np.repeat(np.arange(5), weights.astype(int))
-    copied = Calibration(probabilities[index], is_true[index], np.arange(7))
+    copied = Calibration(probabilities[index], is_true[index], np.arange(7), 7)
     assert one.error(weights) == pytest.approx(float(copied.error(np.ones(7))))
     # By hand: bins [0, 1/15), [1/15, 2/15) is empty at weight 0, and the last for 0.9 and above
     # is [14/15, 1]; 0.9 lies in [13/15, 14/15).

@@ -120,7 +120,7 @@ def test_the_most_confused_pairs_are_counted(findings: Findings) -> None:
     assert found == {pair: wrong.count(pair) for pair in set(wrong)}
     assert list(found.values()) == sorted(found.values(), reverse=True)
     first = findings.tables["confusions"].records()[0]
-    assert first["share"] == first["rows"] / BY_LABEL[first["true"]][0]
+    assert first["share of true"] == first["rows"] / BY_LABEL[first["true"]][0]
 
 
 def test_failed_and_abstained_rows_are_wrong_and_counted() -> None:
