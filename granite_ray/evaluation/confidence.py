@@ -1,7 +1,8 @@
 """Whether confidence can be believed, and what abstaining would bring.
 
 ECE: expected calibration error in equal-width bins (Guo et al. 2017, On Calibration of Modern
-Neural Networks): the mean over answers of |mean confidence - accuracy| of the answer's bin.
+Neural Networks): the mean over answers of |mean confidence - accuracy| of the answer's bin. Chance
+alone makes it larger than it is, the more so the fewer the rows, and its interval leans upward.
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,8 @@ class EvidenceCounts:
     def abouts(self) -> dict[str, str]:
         """What the figures are."""
         return {
-            "evidence_exact": "string values whose offsets give just them",
-            "evidence_located": "string values found in the text",
+            "evidence_exact": "strings just at their offsets",
+            "evidence_located": "strings found in the text",
         }
 
     def figures(self, weights: Floats) -> dict[str, Floats]:

@@ -39,7 +39,7 @@ def score_label_sets(rows: pa.Table, truth: str, config: ClassifyConfig) -> Find
         }
 
     estimates = estimate(measure, rows.num_rows)
-    about = f"ECE label by label, {NUM_BINS} equal bins; 0 is best"
+    about = f"ECE of labels, {NUM_BINS} bins; 0 is best"
     return Findings(
         metrics={
             **agreement.averages(estimates, "labels", "labels"),
@@ -48,7 +48,7 @@ def score_label_sets(rows: pa.Table, truth: str, config: ClassifyConfig) -> Find
         },
         tables={
             "labels": agreement.table("Labels", "label", names.names, estimates),
-            "reliability": calibration.table("Reliability: can confidence be believed?"),
+            "reliability": calibration.table("Reliability, bin by bin"),
         },
         notes=(
             "A failed row counts as one without labels, and never as right for subset accuracy.",

@@ -60,7 +60,7 @@ def score_labels(rows: pa.Table, truth: str, config: ClassifyConfig) -> Findings
                 "Most confused", ("true", "answered", "rows", "share of true"), tuple(confusions), 5
             ),
             "coverage": coverage.table(),
-            "reliability": calibration.table("Reliability: can confidence be believed?"),
+            "reliability": calibration.table("Reliability, bin by bin"),
         },
         curves={"coverage": coverage.curve()},
         notes=(
