@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from granite_ray.engine.places import Inside, Place, Standing
-from granite_ray.engine.spelling import WINDOW, CopyTokens, length_inside
+from granite_ray.engine.spelling import CopyTokens, SortedText
 
 ESCAPE = re.compile(rb"\\(?:u....|.)", re.DOTALL)
 CONTINUATION_BITS, CONTINUATION = 0xC0, 0x80
@@ -33,10 +33,15 @@ class CopySource:
         # The grammar takes no bare DEL, though JSON allows it.
         return written.replace("\x7f", "\\u007f").encode()
 
-    @cached_property
+    @property
     def first_mask(self) -> NDArray[np.uint8]:
         """Which tokens can follow the opening quote."""
-        return self._tokens.first_mask(self.text, *self._windows())
+        return self._openings[0]
+
+    @property
+    def entered_parts(self) -> frozenset[bytes]:
+        """What of a span can stand in the same token as the opening quote."""
+        return self._openings[1]
 
     def mask(self, reached: Sequence[int], *, is_escaped: bool) -> NDArray[np.uint8]:
         """Which tokens can follow a span that may end at any of these places of `text`.
@@ -68,14 +73,11 @@ class CopySource:
             is_start[escape.start() + 1 : escape.end()] = False
         return bytes(is_start)
 
-    def _windows(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return what stands from each character on, in order, and where that is in `text`."""
-        places = np.flatnonzero(np.frombuffer(self._is_start, np.uint8))
-        padded = np.frombuffer(self.text + bytes(WINDOW - 1), np.uint8)
-        read = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[places]
-        windows = read.view(">u8")[:, 0].astype(np.uint64)
-        order = windows.argsort()
-        return windows[order], places[order]
+    @cached_property
+    def _openings(self) -> tuple[NDArray[np.uint8], frozenset[bytes]]:
+        starts = np.flatnonzero(np.frombuffer(self._is_start, np.uint8))
+        text = SortedText(self.text, starts)
+        return self._tokens.first_mask(text), self._tokens.entered_parts(text)
 
     def _reach(self, places: Sequence[int]) -> set[int]:
         """Return the nodes that the text leads to from these places, that of no byte included."""
@@ -104,7 +106,10 @@ class CopyWalk:
 
     def restrict(self, mask: NDArray[np.uint8]) -> None:
         """Take away, in place, the tokens that would spell what is no span."""
-        mask &= self._tokens.clean_entries(self._standing)
+        entries = self._tokens.entries(self._standing)
+        if entries:
+            known = self._source.entered_parts
+            mask &= ~self._tokens.mask(i for i, parts in entries if not known.issuperset(parts))
         if self._standing.inside is not Inside.COPIED:
             return
         if self._reached is None:
@@ -114,16 +119,16 @@ class CopyWalk:
 
     def consume(self, token_id: int) -> None:
         """Step over an allowed token."""
-        spelled = self._tokens.token_bytes[token_id]
-        if self._standing.inside is Inside.COPIED:
-            length = length_inside(spelled, is_escaped=self._standing.is_escaped)
-            self._spell(spelled[:length])
-            if length < len(spelled):
-                self._reached = None
-        for byte in spelled:
+        spelled = b""  # of the string that is open
+        for byte in self._tokens.token_bytes[token_id]:
+            before = self._standing.inside
             self._standing = self._standing.after(byte)
-
-    def _spell(self, spelled: bytes) -> None:
+            if self._standing.inside is not Inside.COPIED:
+                spelled = b""
+            elif before is Inside.COPIED:
+                spelled += bytes([byte])
+            else:
+                self._reached = None
         if not spelled:
             return
         if self._reached is None:
