@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
-#   make run    install, then run the quickstart job and show what came out
+#   make run    install, then run the quickstart jobs and show what came out
 #   make test   install, then pass the default tests
 
 PYTHON ?= python3
@@ -11,8 +11,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 .PHONY: run test test-slow check format lock clean
 
 run: .venv/installed
-	$(BIN)/granite-ray run configs/quickstart.yaml --allow-failed
-	$(BIN)/python -m granite_ray.quickstart.show out/quickstart
+	$(BIN)/python -m granite_ray.quickstart configs/quickstart.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -126,7 +126,7 @@ class _FixedStep:
 
 def capture_cuda_graph(step: Body) -> Body:
     """Return the step as a CUDA graph; what it returns is overwritten by the next call."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch tells no types here
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is allocated or tuned at first use is not captured
         for _ in range(NUM_WARM_UPS):

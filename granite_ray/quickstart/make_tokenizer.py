@@ -1,7 +1,7 @@
-"""Make the embedded checkpoint's tokenizer: training packages → `checkpoint/tokenizer.json`.
+"""Make the embedded checkpoint's tokenizer: what is trained on → `checkpoint/tokenizer.json`.
 
-Run it as `python -m granite_ray.quickstart.make_tokenizer --lists FOLDER`; README.md says how to
-fill the folder. Its chat template is written by hand and lies beside it.
+Run it as `python -m granite_ray.quickstart.make_tokenizer --lists … --changelogs …`; README.md says
+how to fill the folders. Its chat template is written by hand and lies beside it.
 """
 
 import argparse
@@ -17,11 +17,15 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.trainers import BpeTrainer
 
-from granite_ray.quickstart.packages import Package, is_held_out, read_packages
+from granite_ray.quickstart.changelogs import ChangelogEntry, is_trained_on, read_changelogs
+from granite_ray.quickstart.packages import Package, is_held_out, name_digest, read_packages
 
 CHECKPOINT_PATH = Path(__file__).parent / "checkpoint"
 VOCAB_SIZE = 6_144
 CONTEXT_LENGTH = 2_048
+NUM_ENTRIES = 20_000
+MAX_ENTRY_LENGTH = 1_000
+"""Characters: long entries list names without end."""
 
 END_OF_TEXT = "<|end_of_text|>"
 PAD = "<|pad|>"
@@ -52,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train the tokenizer and write it as a checkpoint has it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lists", type=Path, required=True, help="folder of apt's lists")
+    parser.add_argument("--changelogs", type=Path, required=True, help="folder of changelogs")
     parser.add_argument("--out", type=Path, default=CHECKPOINT_PATH)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    texts = training_texts(read_packages(arguments.lists))
+    entries, _ = read_changelogs(arguments.changelogs)
+    texts = training_texts(read_packages(arguments.lists), entries)
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     write_tokenizer(tokenizer, arguments.out)
     logger.info(
@@ -64,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def training_texts(packages: Sequence[Package]) -> list[str]:
-    """Return synopsis and text of the packages that are not held out, each once, in order."""
+def training_texts(packages: Sequence[Package], entries: Sequence[ChangelogEntry]) -> list[str]:
+    """Return texts of what is not held out, each once, in order; of changelogs a fixed lot."""
     training = [package for package in packages if not is_held_out(package.name)]
-    return sorted({f"{package.synopsis}\n{package.text}" for package in training})
+    lot = sorted(filter(is_trained_on, entries), key=lambda entry: name_digest(entry.text))
+    descriptions = {f"{package.synopsis}\n{package.text}" for package in training}
+    return sorted(descriptions | {entry.text[:MAX_ENTRY_LENGTH] for entry in lot[:NUM_ENTRIES]})
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -30,7 +30,7 @@ def load_model(checkpoint_path: str, model: ModelConfig, engine: EngineConfig) -
     Raises:
         ConfigError: Where the device is missing or the weights do not make a whole model.
     """
-    disable_progress_bar()  # type: ignore[no-untyped-call] # a replica's output is a log, not a terminal
+    disable_progress_bar()  # a replica's output is a log, not a terminal
     device = choose_device(engine.device)
     dtype: Any = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     load = _dummy_model if model.load_format == "dummy" else _model_from_weights

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from granite_ray.config import ClassifyConfig, load_config
 from granite_ray.quickstart import make_corpus, make_tokenizer
+from granite_ray.quickstart.changelogs import parse_changelog
 from granite_ray.quickstart.make_corpus import CORPUS_PATH, choose_documents
 from granite_ray.quickstart.packages import (
     APT_HELPER,
@@ -54,6 +55,13 @@ Description-en: older
 Package: bare
 Description-md5: cc
 Description-en: nothing more to say
+"""
+CHANGELOG = """\
+{source} (2.10-3) unstable; urgency=medium
+
+  * Greet {maintainer}. (Closes: #123456)
+
+ -- {maintainer} <person@example.org>  Tue, 02 Mar 2021 10:11:12 +0100
 """
 RELEASE = """\
 -----BEGIN PGP SIGNED MESSAGE-----
@@ -125,10 +133,13 @@ def test_corpus_says_where_it_is_from():
     assert b" 2026 " in metadata[b"release_date"]
 
 
-def test_quickstart_labels_are_the_sections_of_the_corpus(corpus: dict[str, list[str]]):
+def test_quickstart_labels_hold_the_sections_of_the_corpus(corpus: dict[str, list[str]]):
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml")
     assert isinstance(config.task, ClassifyConfig)
-    assert config.task.labels == tuple(sorted(set(corpus["section"])))
+    assert list(config.task.labels) == sorted(config.task.labels)
+    # A few sections have no held-out package, but a model may still choose them.
+    assert set(corpus["section"]) < set(config.task.labels)
+    assert len(config.task.labels) == 58
 
 
 def test_quickstart_chunking_cuts_some_documents_and_leaves_most_whole(
@@ -160,7 +171,6 @@ def test_documents_chosen_share_no_opening_with_training_or_each_other():
     assert all(is_drawn_for_testing(package.name) for package in chosen)
     assert len(set(openings)) == len(openings)
     assert trained_on.isdisjoint(openings)
-    assert "rare" not in {package.section for package in chosen}
 
 
 def test_choice_does_not_depend_on_the_order_of_the_index():
@@ -182,16 +192,43 @@ def test_scripts_turn_the_same_lists_into_the_same_bytes(tmp_path: Path):
     for attempt in ("one", "two"):
         out = tmp_path / attempt
         make_corpus.main(["--lists", str(lists), "--out", str(out / "corpus.parquet")])
-        make_tokenizer.main(["--lists", str(lists), "--out", str(out)])
+        changelogs = ["--changelogs", str(make_changelogs(tmp_path))]
+        make_tokenizer.main(["--lists", str(lists), *changelogs, "--out", str(out)])
     for name in ("corpus.parquet", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     metadata = pq.read_schema(tmp_path / "one" / "corpus.parquet").metadata
     assert metadata[b"origin"] == b"Debian 12.0 (bookworm) main amd64"
 
 
-def test_training_texts_hold_no_held_out_package():
+def make_changelogs(tmp_path: Path) -> Path:
+    folder = tmp_path / "changelogs"
+    folder.mkdir(exist_ok=True)
+    (folder / "hello").write_text(CHANGELOG.format(source="hello", maintainer="Ada Lovelace"))
+    return folder
+
+
+def test_training_texts_hold_nothing_held_out():
     packages = make_packages(seed=4)
-    texts = make_tokenizer.training_texts(packages)
+    people = [f"Per Son{number}" for number in range(40)]
+    sources = [f"source-{number}" for number in range(40)]
+    entries = [
+        entry
+        for source in sources
+        for maintainer in people
+        for entry in parse_changelog(
+            source, CHANGELOG.format(source=source, maintainer=maintainer)
+        )[0]
+    ]
+    texts = make_tokenizer.training_texts(packages, entries)
     trained_on = {p.text for p in packages if not is_drawn_for_testing(p.name)}
-    assert {text.partition("\n")[2] for text in texts} == trained_on
-    assert len(texts) == len(trained_on)
+    entries_trained_on = {
+        CHANGELOG.format(source=source, maintainer=maintainer).rstrip()
+        for source in sources
+        for maintainer in people
+        if not is_drawn_for_testing(source) and not is_drawn_for_testing(maintainer)
+    }
+    assert 0 < len(entries_trained_on) < len(entries)
+    assert set(texts) >= entries_trained_on
+    descriptions = set(texts) - entries_trained_on
+    assert {text.partition("\n")[2] for text in descriptions} == trained_on
+    assert len(texts) == len(trained_on) + len(entries_trained_on)

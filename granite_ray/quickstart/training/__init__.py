@@ -1,0 +1,1 @@
+"""How the embedded checkpoint is trained: `python -m granite_ray.quickstart.training`."""
