@@ -166,6 +166,7 @@ def test_ctrl_c_in_a_terminal_stops_the_run_and_says_how_to_go_on(
     assert not (tmp_path / "out" / "_granite" / "lease.json").exists()
 
 
+@pytest.mark.slow
 def test_a_log_gets_plain_lines(job: Path, tmp_path: Path, ray_address: str) -> None:
     ended = subprocess.run(
         [SCRIPT, "run", str(job), "--allow-failed"],

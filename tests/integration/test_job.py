@@ -92,6 +92,7 @@ def test_more_than_half_vanished_is_refused_unless_allowed(tmp_path: Path) -> No
     check_output(sink, 25)
 
 
+@pytest.mark.slow
 def test_another_source_root_is_refused_unless_allowed(tmp_path: Path) -> None:
     sink = tmp_path / "out"
     run_job(make_config(write_corpus(tmp_path / "in", num_files=1), sink))

@@ -266,6 +266,7 @@ def test_refused_requests_are_repeated_and_counted(
     assert set(bucket.rows()) == {"new", *(f"d{seed}" for seed in range(30))}
 
 
+@pytest.mark.slow
 def test_a_commit_whose_answer_was_lost_is_recognised(
     bucket: Bucket, runner: Runner, server: FaultyServer
 ) -> None:
