@@ -70,6 +70,15 @@ def answer(task: dict[str, Any], backend: str, rows: list[dict[str, Any]]) -> li
         engine.shutdown()
 
 
+def plain(result: Result) -> dict[str, Any]:
+    """A result as plain data; scores by label, since nearly equal ones may change places."""
+    data = dataclasses.asdict(result)
+    if "scores" in data["values"]:
+        scores = data["values"]["scores"]
+        data["values"]["scores"] = {score["label"]: score["probability"] for score in scores}
+    return data
+
+
 def assert_same(one: object, other: object) -> None:
     """Equal in all, numbers within 1e-4: backends add up in different orders."""
     if isinstance(one, float):
@@ -102,7 +111,7 @@ def test_a_task_gives_equal_results_on_both_backends(
         answer(TASKS[name], backend, chosen) for backend in ("native", "transformers")
     )
     for one, other in zip(native, reference, strict=True):
-        assert_same(dataclasses.asdict(one), dataclasses.asdict(other))
+        assert_same(plain(one), plain(other))
     assert any(result.num_chunks > 1 for result in native), "some are longer than a chunk"
     assert sum(result.error is None for result in native) > num_rows * 2 / 3
     assert len({str(result.values) for result in native}) > num_rows * 2 / 3
