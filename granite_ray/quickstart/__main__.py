@@ -16,7 +16,6 @@ from granite_ray.progress import default_console
 from granite_ray.quickstart.show import show
 from granite_ray.report import closing_words
 
-
 RANDOM_WEIGHTS = (
     "The embedded checkpoint has random weights so far: the jobs are real, their answers are not."
 )
