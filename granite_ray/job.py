@@ -168,9 +168,7 @@ def _counted_retries(storages: OpenedStorages, report: RunReport) -> Iterator[No
 
 def _with_absolute_paths(config: JobConfig) -> JobConfig:
     """Workers, and a later redrive, may stand in another folder."""
-    paths = tuple(
-        str(EMBEDDED_SOURCES.get(path) or absolute(path)) for path in config.source.path
-    )
+    paths = tuple(str(EMBEDDED_SOURCES.get(path) or absolute(path)) for path in config.source.path)
     source = config.source.model_copy(update={"path": paths})
     sink = config.sink.model_copy(update={"path": absolute(config.sink.path)})
     model = config.model
