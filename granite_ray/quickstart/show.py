@@ -23,12 +23,12 @@ TRUTHS = {"classify": "section", "summarize": "synopsis", "extract": "truth"}
 """The column of each job that holds what a right answer is."""
 BASELINES = {
     "accuracy": "right ones; TF-IDF and a linear model: 0.741",
-    "top_3": "right ones among the first three; 0.880",
+    "top_3_accuracy": "right ones among the first three; 0.880",
     "rouge_l": "F1 of the longest common subsequence; first sentence: 0.291",
 }
 """What simple methods reach on all clean held-out packages, told beside the model's figures."""
 FIGURES = (
-    *("accuracy", "macro_f1", "top_3", "calibration_error"),
+    *("accuracy", "macro_f1", "top_3_accuracy", "calibration_error"),
     *("rouge_1", "rouge_l", "chrf"),
     *("micro_f1", "exact_records", "evidence_exact"),
 )
