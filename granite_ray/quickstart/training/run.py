@@ -23,7 +23,7 @@ from granite_ray.quickstart.training.network import Network
 from granite_ray.quickstart.training.timetable import Kind, deal_groups
 
 STEP_TOKENS = 4_000
-COPYING_UNTIL = 0.05
+COPYING_UNTIL = 0.08
 """Share of the steps that are for copying first of all."""
 CONSTANT_UNTIL = 0.4
 """Share of the steps before the learning rates fall, linearly, to nothing."""
