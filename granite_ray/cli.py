@@ -129,6 +129,14 @@ def _report_words(report: dict[str, Any]) -> str:
     )
 
 
+def _plan(arguments: argparse.Namespace, _: Console) -> int:
+    from granite_ray.preflight import plan_view  # loads torch
+
+    config = load_config(arguments.config, arguments.set)
+    Console().print(plan_view(config, arguments.gpu_gib))
+    return 0
+
+
 def _eval(arguments: argparse.Namespace, console: Console) -> int:
     config = load_config(arguments.config, arguments.set)
     with console.status("measuring"):
@@ -169,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run, kind=None)
     run.add_argument("config", metavar="CONFIG", help="YAML file of the job")
     _add_run_arguments(run)
+
+    plan = commands.add_parser("plan", help="what fits on GPUs of a size, and on how many")
+    plan.set_defaults(command=_plan)
+    plan.add_argument("config", metavar="CONFIG", help="YAML file of the job")
+    plan.add_argument(
+        "--gpu-gib", type=float, default=80.0, metavar="GIB", help="memory of one GPU (80)"
+    )
+    _add_set_argument(plan)
 
     redrive = commands.add_parser("redrive", help="run the failed rows of an output again")
     redrive.set_defaults(command=_redrive)

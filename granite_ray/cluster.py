@@ -4,14 +4,15 @@ Says what a replica needs, checks that the cluster has it, and nothing about sha
 """
 
 import logging
+import math
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -20,6 +21,9 @@ from granite_ray.config import EngineConfig, JobSection
 from granite_ray.config.load import default_ray_address
 from granite_ray.errors import InfrastructureError
 
+SHELL_CPUS = 0.5
+"""Of the actor that answers shards where the model runs in others. Unlike what reading and
+committing take, or Ray Data would fuse them into it."""
 SPARE_CPUS = 2
 """CPUs beside the replicas' own, for reading and committing; without one the job would starve."""
 STOP_TIMEOUT_S = 20.0
@@ -29,13 +33,34 @@ POLL_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ReplicaResources:
-    """What one replica takes, how many there are at least and most, and its CPU threads."""
+    """What one replica takes, how many there are at least and most, and its CPU threads.
+
+    Attributes:
+        num_cpus: Of the actor that answers shards.
+        num_gpus: Likewise.
+        least: Replicas that there must be.
+        most: Replicas that there may be.
+        num_threads: CPU threads of each of its processes that computes; None leaves it to torch.
+        rank_bundle: What each rank takes, where a replica has several, beside that actor.
+        num_ranks: How many it has.
+    """
 
     num_cpus: float
     num_gpus: float
     least: int
     most: int
     num_threads: int | None
+    rank_bundle: Mapping[str, float] | None = None
+    num_ranks: int = 1
+
+    @property
+    def total(self) -> dict[str, float]:
+        """CPUs and GPUs of one replica in all."""
+        bundle = self.rank_bundle or {}
+        return {
+            "CPU": self.num_cpus + self.num_ranks * bundle.get("CPU", 0.0),
+            "GPU": self.num_gpus + self.num_ranks * bundle.get("GPU", 0.0),
+        }
 
 
 class Cluster:
@@ -100,7 +125,7 @@ def _start(job: JobSection, engine: EngineConfig) -> None:
         options |= {
             "address": "local",
             # Logical CPUs only bound what runs side by side; replicas must not starve the readers.
-            "num_cpus": max(cores, _most_replicas(engine) + SPARE_CPUS),
+            "num_cpus": max(cores, math.ceil(_most_cpus(engine)) + SPARE_CPUS),
             "include_dashboard": False,
         }
     else:
@@ -159,6 +184,11 @@ def _most_replicas(engine: EngineConfig) -> int:
     return engine.num_replicas if isinstance(engine.num_replicas, int) else engine.num_replicas[1]
 
 
+def _most_cpus(engine: EngineConfig) -> float:
+    """Return the CPUs that all replicas take at most, where there is no GPU."""
+    return _most_replicas(engine) * _replica_resources(engine, {}).total["CPU"]
+
+
 def _wait_for_resources(job: JobSection, engine: EngineConfig) -> ReplicaResources:
     """Wait until the least number of replicas can be placed; clamp the most to what there is."""
     deadline = time.monotonic() + job.scheduling_timeout_s
@@ -168,13 +198,12 @@ def _wait_for_resources(job: JobSection, engine: EngineConfig) -> ReplicaResourc
         room = _replicas_that_fit(wanted, had)
         if room >= wanted.least:
             most = min(wanted.most, room)
-            threads = _threads_of(wanted, had, most)
-            return ReplicaResources(wanted.num_cpus, wanted.num_gpus, wanted.least, most, threads)
+            return replace(wanted, most=most, num_threads=_threads_of(wanted, had, most))
         if time.monotonic() > deadline:
             raise InfrastructureError(
                 f"The cluster cannot place engine.num_replicas: {wanted.least} replicas want "
-                f"{wanted.least * wanted.num_gpus:g} GPUs and "
-                f"{wanted.least * wanted.num_cpus + 1:g} CPUs; after "
+                f"{wanted.least * wanted.total['GPU']:g} GPUs and "
+                f"{wanted.least * wanted.total['CPU'] + 1:g} CPUs{_by_ranks(wanted)}; after "
                 f"{job.scheduling_timeout_s:g} s it has {had.get('GPU', 0):g} GPUs and "
                 f"{had.get('CPU', 0):g} CPUs. Use fewer replicas, another engine.device or a "
                 "larger cluster."
@@ -186,28 +215,54 @@ def _wait_for_resources(job: JobSection, engine: EngineConfig) -> ReplicaResourc
 def _replica_resources(engine: EngineConfig, had: dict[str, float]) -> ReplicaResources:
     least = engine.num_replicas if isinstance(engine.num_replicas, int) else engine.num_replicas[0]
     needs_gpu = engine.device == "cuda" or (engine.device == "auto" and had.get("GPU", 0) > 0)
-    if needs_gpu and engine.backend != "fake":
-        return ReplicaResources(0.5, 1.0, least, _most_replicas(engine), None)
-    return ReplicaResources(1.0, 0.0, least, _most_replicas(engine), None)
+    cpus, gpus = (0.5, 1.0) if needs_gpu and engine.backend != "fake" else (1.0, 0.0)
+    most, num_ranks = _most_replicas(engine), engine.expert_parallel_size
+    if num_ranks == 1:
+        return ReplicaResources(cpus, gpus, least, most, None)
+    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return ReplicaResources(SHELL_CPUS, 0.0, least, most, None, bundle, num_ranks)
 
 
 def _replicas_that_fit(wanted: ReplicaResources, had: dict[str, float]) -> int:
-    by_cpu = int((had.get("CPU", 0) - 1) / wanted.num_cpus)
-    return min(by_cpu, int(had.get("GPU", 0) / wanted.num_gpus)) if wanted.num_gpus else by_cpu
+    fit = int((had.get("CPU", 0) - 1) / wanted.total["CPU"])
+    if wanted.total["GPU"]:
+        fit = min(fit, int(had.get("GPU", 0) / wanted.total["GPU"]))
+    if wanted.rank_bundle:
+        fit = min(fit, _ranks_that_fit(wanted.rank_bundle) // wanted.num_ranks)
+    return fit
+
+
+def _ranks_that_fit(bundle: Mapping[str, float]) -> int:
+    """Return how many ranks the nodes can hold: none stands on two."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min(int(node.get(name, 0) / amount) for name, amount in bundle.items()) for node in nodes
+    )
+
+
+def _by_ranks(wanted: ReplicaResources) -> str:
+    if wanted.num_ranks == 1:
+        return ""
+    return f", each on {wanted.num_ranks} ranks (engine.expert_parallel_size)"
 
 
 def _threads_of(wanted: ReplicaResources, had: dict[str, float], most: int) -> int | None:
     """Share the cores among CPU replicas. Ray would give each process one thread."""
-    if wanted.num_gpus:
+    if wanted.total["GPU"]:
         return None
     num_nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
     cores = min(had.get("CPU", 1), num_nodes * (os.cpu_count() or 1))
-    return max(1, int(cores // most))
+    return max(1, int(cores // (most * wanted.num_ranks)))
 
 
 def _ask_autoscaler(wanted: ReplicaResources) -> None:
     """Ray Data's GPU pools do not always make a cluster grow from zero (ray#59144)."""
     from ray.autoscaler.sdk import request_resources
 
-    bundle = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus}
-    request_resources(bundles=[{k: v for k, v in bundle.items() if v}] * wanted.least)
+    actor = {"CPU": wanted.num_cpus, "GPU": wanted.num_gpus}
+    bundles = [
+        actor,
+        *([dict(wanted.rank_bundle)] * wanted.num_ranks if wanted.rank_bundle else []),
+    ]
+    taken = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    request_resources(bundles=taken * wanted.least)

@@ -20,6 +20,7 @@ from granite_ray.attempts import close_journal, start_journal
 from granite_ray.cluster import ReplicaResources
 from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
+from granite_ray.ranks import remove_ranks
 from granite_ray.records import ShardPart
 from granite_ray.stages import ShardWork, StageContext, commit, read_and_prepare
 from granite_ray.workers import ReplicaWorker
@@ -74,7 +75,11 @@ def stream_shards(
     try:
         for start in range(0, len(work), MAX_WAVE):
             dataset = build_dataset(work[start : start + MAX_WAVE], context, replica, journal)
-            yield from _watch(_Background(dataset, journal), watchdog)
+            try:
+                yield from _watch(_Background(dataset, journal), watchdog)
+            finally:
+                if replica.rank_bundle is not None:
+                    remove_ranks(context.run_id)  # or the next wave would find no room
     finally:
         close_journal(journal)
 
@@ -125,7 +130,7 @@ def build_dataset(
     )
     answered = prepared.map_batches(
         ReplicaWorker,
-        fn_constructor_args=(context, journal, replica.num_threads),
+        fn_constructor_args=(context, journal, replica),
         compute=pool,
         num_cpus=replica.num_cpus,
         num_gpus=replica.num_gpus,

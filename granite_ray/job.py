@@ -21,7 +21,9 @@ from granite_ray.interrupts import Interrupts
 from granite_ray.io.commit import Generation
 from granite_ray.io.sources import check_collisions
 from granite_ray.io.storage import OpenedStorages, Storage, absolute, open_storage
+from granite_ray.model.architecture import read_architecture
 from granite_ray.output import hold_output, read_job
+from granite_ray.parallel.place import check_size
 from granite_ray.planning import InputPlan, limit_plan, plan_input
 from granite_ray.progress import ProgressView
 from granite_ray.records import output_schema
@@ -180,6 +182,9 @@ def _with_absolute_paths(config: JobConfig) -> JobConfig:
 def _load_model(config: JobConfig) -> _Model:
     """Open the checkpoint and make the task: all that they refuse is refused here."""
     checkpoint = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
+    if config.engine.backend == "native":
+        num_experts = read_architecture(checkpoint.config).num_local_experts
+        check_size(config.engine.expert_parallel_size, num_experts)
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     return _Model(checkpoint, make_task(config.task, tokenizer, task_limits(config, checkpoint)))
 

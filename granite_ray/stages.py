@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -28,6 +28,7 @@ from granite_ray.io.reuse import join_rows, split_reusable
 from granite_ray.io.sinks import CommitRecord, count_rows
 from granite_ray.io.sources import SourceColumns, read_shard
 from granite_ray.io.storage import OpenedStorages, Storage
+from granite_ray.parallel.place import RankPlace
 from granite_ray.prepare import prepare_shard
 from granite_ray.records import Shard, ShardPart
 from granite_ray.tasks import TaskLimits
@@ -36,8 +37,20 @@ from granite_ray.tokenizer import Tokenizer, load_tokenizer
 BEAT_S = 1.0
 """How often a commit shows that it is at work."""
 
-MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
-"""Builds the engine of one replica, in the replica's own process; see `factory.make_engine`."""
+
+class MakeEngine(Protocol):
+    """Builds the engine of one replica, or of one of its ranks, in the process that it is for."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        engine: EngineConfig,
+        num_threads: int | None = None,
+        place: RankPlace | None = None,
+    ) -> Engine:
+        """Build it; see `factory.make_engine`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

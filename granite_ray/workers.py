@@ -9,7 +9,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +20,9 @@ import pyarrow as pa
 import ray
 
 from granite_ray.attempts import LiveCounts
+from granite_ray.checkpoint import Checkpoint
+from granite_ray.cluster import ReplicaResources
+from granite_ray.engine.factory import Engine
 from granite_ray.errors import GraniteRayError, InfrastructureError
 from granite_ray.io.reuse import POSITION
 from granite_ray.io.sinks import result_table
@@ -31,6 +35,7 @@ from granite_ray.programs import (
     StallWatch,
     run_programs,
 )
+from granite_ray.ranks import RankedEngine, wait_passively
 from granite_ray.records import Result
 from granite_ray.stages import ShardWork, StageContext, local_checkpoint, pack, task_limits, unpack
 from granite_ray.tasks import make_task
@@ -48,33 +53,49 @@ logger = logging.getLogger(__name__)
 class ReplicaWorker:
     """The actor that holds one replica: shards come in side by side and share the engine."""
 
-    def __init__(self, context: StageContext, journal: Any, num_threads: int | None) -> None:
+    def __init__(self, context: StageContext, journal: Any, resources: ReplicaResources) -> None:
         self.schema = context.schema
         self.journal = journal
-        self.gate = ReplicaGate(STEPS_ADMITTED * context.config.engine.max_num_batched_tokens)
+        engine = context.config.engine
+        step_tokens = engine.expert_parallel_size * engine.max_num_batched_tokens
+        self.gate = ReplicaGate(STEPS_ADMITTED * step_tokens)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.replica_id = ray.get_runtime_context().get_actor_id()
         self.counts = LiveCounts()
         self._report(num_steps=0)  # it has its place; loading may take as long again
         try:
-            self._load(context, num_threads)
+            self._load(context, resources)
         except Exception as error:
             own = isinstance(error, GraniteRayError)
             known = error if own else InfrastructureError(f"A replica could not start: {error!r}")
             ray.get(journal.cannot_start.remote(known))
             raise
         timeout_s = context.config.job.scheduling_timeout_s
-        threading.Thread(
-            target=self._watch_for_ever, args=(timeout_s,), name="watch", daemon=True
-        ).start()
+        # It must not keep this object alive: Ray Data deletes it before the process ends.
+        arguments = weakref.ref(self), timeout_s
+        threading.Thread(target=_watch, args=arguments, name="watch", daemon=True).start()
 
-    def _load(self, context: StageContext, num_threads: int | None) -> None:
+    def __del__(self) -> None:
+        engine = getattr(self, "engine", None)  # none where the constructor failed
+        if isinstance(engine, RankedEngine):
+            engine.shutdown()
+
+    def _load(self, context: StageContext, resources: ReplicaResources) -> None:
         wait_passively()
         config, checkpoint = context.config, local_checkpoint(context)
-        self.engine = context.make_engine(checkpoint, config.model, config.engine, num_threads)
+        self.engine = self._start_engine(context, checkpoint, resources)
         self.llm = CountingLLM(self.engine)
         limits = task_limits(config, checkpoint)
         self.task = make_task(config.task, load_tokenizer(checkpoint.tokenizer_path), limits)
+
+    def _start_engine(
+        self, context: StageContext, checkpoint: Checkpoint, resources: ReplicaResources
+    ) -> Engine:
+        """Start the engine: in this process, or where ranks share it in theirs."""
+        config, num_threads = context.config, resources.num_threads
+        if resources.rank_bundle is None:
+            return context.make_engine(checkpoint, config.model, config.engine, num_threads)
+        return RankedEngine(context, checkpoint, resources.rank_bundle, num_threads)
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""
@@ -121,20 +142,19 @@ class ReplicaWorker:
         if at_once:
             self._report(self.engine.num_steps)
 
-    def _watch_for_ever(self, timeout_s: float) -> None:
+    def look(self, watch: StallWatch, timeout_s: float) -> None:
         """Show life, also while no shard is here, and end where the engine shows none."""
-        watch = StallWatch(timeout_s)
-        while True:
-            time.sleep(REPORT_INTERVAL_S)
-            num_calls, num_steps = self.llm.num_in_flight, self.engine.num_steps
-            self._report(num_steps)
-            if watch.look(time.monotonic(), num_calls, num_steps):
-                self._die(
-                    InfrastructureError(
-                        f"The engine hangs: {num_calls} calls are in flight, and it has made no "
-                        f"step for {timeout_s:g} s (job.scheduling_timeout_s)."
-                    )
+        num_calls, num_steps = self.llm.num_in_flight, self.engine.num_steps
+        self._report(num_steps)
+        if watch.look(time.monotonic(), num_calls, num_steps):
+            self._die(
+                InfrastructureError(
+                    f"The engine hangs: {num_calls} calls are in flight, and it has made no "
+                    f"step for {timeout_s:g} s (job.scheduling_timeout_s)."
                 )
+            )
+        if isinstance(self.engine, RankedEngine) and self.engine.failure is not None:
+            self._die(self.engine.failure)
 
     def _report(self, num_steps: int) -> None:
         self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts), num_steps)
@@ -148,13 +168,18 @@ class ReplicaWorker:
         told = self.journal.give_up.remote(str(error)).future()
         with suppress(ray.exceptions.RayError, TimeoutError):
             told.result(LAST_WORDS_S)
+        if isinstance(self.engine, RankedEngine):
+            self.engine.shutdown()  # what this process started would outlive it
         logging.shutdown()
         os._exit(1)
 
 
-def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait. Call it before torch is loaded.
-
-    They spin by default, which on busy cores makes one batch take twenty times as long as another.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def _watch(find: Callable[[], ReplicaWorker | None], timeout_s: float) -> None:
+    watch = StallWatch(timeout_s)
+    while True:
+        time.sleep(REPORT_INTERVAL_S)
+        worker = find()
+        if worker is None:
+            return
+        worker.look(watch, timeout_s)
+        del worker

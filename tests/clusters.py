@@ -25,8 +25,8 @@ class LoopbackCluster:
         self._folders: list[Path] = []
         self.address = ""
 
-    def start_node(self, num_cpus: int) -> int:
-        """Start a node, the head first, and return its number."""
+    def start_node(self, num_cpus: int, num_gpus: int = 0) -> int:
+        """Start a node, the head first, and return its number; its GPUs are on paper only."""
         number = len(self._folders)
         self._folders.append(Path(tempfile.mkdtemp(prefix="gr-", dir="/tmp")))
         role = [f"--address={self.address}"] if self.address else ["--head", "--port=0"]
@@ -35,7 +35,7 @@ class LoopbackCluster:
         started = subprocess.run(
             [
                 *(RAY, "start", *role, f"--node-ip-address=127.0.0.{10 + number}"),
-                *(f"--num-cpus={num_cpus}", "--disable-usage-stats"),
+                *(f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}", "--disable-usage-stats"),
                 f"--object-store-memory={100 * 1024**2}",
                 f"--temp-dir={self._folders[-1]}",
             ],
@@ -87,12 +87,12 @@ class LoopbackCluster:
 
 
 @contextmanager
-def loopback_cluster(*num_cpus: int) -> Iterator[LoopbackCluster]:
+def loopback_cluster(*num_cpus: int, num_gpus: int = 0) -> Iterator[LoopbackCluster]:
     """Start a cluster with one node for each number of CPUs, the head first; stop it in the end."""
     cluster = LoopbackCluster()
     try:
         for cpus in num_cpus:
-            cluster.start_node(cpus)
+            cluster.start_node(cpus, num_gpus)
         yield cluster
     finally:
         cluster.stop()

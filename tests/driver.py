@@ -4,7 +4,8 @@
 
 JOB.json: {"config": …, "options": {…}, "crash": {"call": "replace", "path": "_SUCCESS.json",
 "when": "before" | "after", "nth": 1} | null, "trace": folder | null, "hanging": {"folder": …,
-"num_hanging": 1, "how": "waits" | "holds_process"} | null}. Ends with the run's exit code.
+"num_hanging": 1, "how": "waits" | "holds_process"} | null, "trace_ranks": folder | null}. Ends with
+the run's exit code.
 """
 
 import json
@@ -19,7 +20,7 @@ from granite_ray.cli import leave
 from granite_ray.config import parse_config
 from granite_ray.engine.factory import make_engine
 from granite_ray.io.storage import open_storage
-from tests.faults import Death, TracedEngines, open_faulty
+from tests.faults import Death, TracedEngines, TracedRanks, open_faulty
 from tests.hangs import HangingEngines
 
 
@@ -29,6 +30,8 @@ def main(job: dict[str, Any]) -> int:
     if job.get("crash"):
         opener = partial(open_faulty, on_call=Death(**job["crash"], only_process=os.getpid()))
     maker: Any = TracedEngines(job["trace"]) if job.get("trace") else make_engine
+    if job.get("trace_ranks"):
+        maker = TracedRanks(job["trace_ranks"])
     if job.get("hanging"):
         maker = HangingEngines(**job["hanging"])
     try:

@@ -24,6 +24,7 @@ from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.factory import Engine, make_engine
 from granite_ray.io.storage import Storage, open_storage
+from granite_ray.parallel.place import RankPlace
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
 from granite_ray.tokenizer import load_tokenizer
 
@@ -63,6 +64,41 @@ class TracedEngines:
     def asked(self) -> list[int]:
         """The number of the document of every model call."""
         return [int(line) for line in _lines(Path(self.folder) / "calls")]
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRank:
+    """Where a rank lives, or lived."""
+
+    process_id: int
+    replica_id: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRanks:
+    """Makes engines that note in `folder` which process is which rank, once they are loaded."""
+
+    folder: str
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        model: ModelConfig,
+        engine: EngineConfig,
+        num_threads: int | None = None,
+        place: RankPlace | None = None,
+    ) -> Engine:
+        made = make_engine(checkpoint, model, engine, num_threads, place)
+        if place is not None:
+            meeting = "{}:{}".format(*place.meeting)
+            _append(Path(self.folder) / "ranks", f"{os.getpid()} {meeting} {place.rank}")
+        return made
+
+    def ranks(self) -> list[TracedRank]:
+        """Every rank that was ever started, in order."""
+        lines = map(str.split, _lines(Path(self.folder) / "ranks"))
+        return [TracedRank(int(pid), meeting, int(rank)) for pid, meeting, rank in lines]
 
 
 @dataclass(frozen=True, slots=True)

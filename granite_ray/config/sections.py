@@ -129,8 +129,10 @@ class EngineConfig(Section):
     """`auto` takes a GPU where the cluster has one."""
     num_replicas: Annotated[int, Field(gt=0)] | tuple[int, int] = 1
     """Replicas, or a range `[1, 8]` that follows the work."""
-    expert_parallel_size: int = Field(default=1, ge=1, le=1)
-    """Ranks that share the experts of one replica; the backends so far run on one."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Ranks of one replica, each with a device of its own, which divide its experts among them."""
+    rank_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds that one rank may keep the others waiting before its replica is given up."""
     fake_tokens_per_s: float | None = Field(default=None, gt=0)
     """Speed of the fake backend, prompt and answer tokens together; by default unlimited."""
     max_num_seqs: int = Field(default=64, gt=0)
@@ -152,6 +154,20 @@ class EngineConfig(Section):
         if isinstance(value, tuple) and not 1 <= value[0] <= value[1]:
             raise ValueError(f"{list(value)} is not a range: write [least, most] with least >= 1")
         return value
+
+    @model_validator(mode="after")
+    def _ranks_can_run(self) -> "EngineConfig":
+        if self.expert_parallel_size > 1 and self.backend == "transformers":
+            raise ValueError(
+                f"expert_parallel_size is {self.expert_parallel_size}, and backend transformers "
+                "runs on one rank; take backend native, or expert_parallel_size 1"
+            )
+        if self.expert_parallel_size > 1 and self.cuda_graphs:
+            raise ValueError(
+                "cuda_graphs cannot hold what ranks exchange; leave it out, or take "
+                "expert_parallel_size 1"
+            )
+        return self
 
 
 class SinkConfig(Section):

@@ -5,6 +5,8 @@ from typing import Protocol
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.fake import FakeEngine
+from granite_ray.errors import InfrastructureError
+from granite_ray.parallel.place import RankPlace
 from granite_ray.records import LLM
 from granite_ray.tokenizer import load_tokenizer
 
@@ -14,6 +16,11 @@ class Engine(LLM, Protocol):
 
     num_calls: int
     """Calls of `generate` and `score` that reached the model."""
+
+    @property
+    def failure(self) -> InfrastructureError | None:
+        """Why it answers no call any more, None while it does."""
+        ...
 
     @property
     def num_steps(self) -> int:
@@ -30,6 +37,7 @@ def make_engine(
     model: ModelConfig,
     engine: EngineConfig,
     num_threads: int | None = None,
+    place: RankPlace | None = None,
 ) -> Engine:
     """Build the engine that `engine.backend` names.
 
@@ -37,7 +45,8 @@ def make_engine(
         checkpoint: What to load; its `max_model_len` bounds every request.
         model: How the weights are read.
         engine: How the engine runs.
-        num_threads: CPU threads of one replica; by default torch decides.
+        num_threads: CPU threads of this process; by default torch decides.
+        place: This rank's place, where a replica has several; all its ranks are built at once.
     """
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     if engine.backend == "fake":
@@ -45,7 +54,7 @@ def make_engine(
     if engine.backend == "native":
         from granite_ray.engine.native import load_native_engine  # loads torch
 
-        return load_native_engine(checkpoint, tokenizer, model, engine, num_threads)
+        return load_native_engine(checkpoint, tokenizer, model, engine, num_threads, place)
     from granite_ray.engine.reference.core import load_reference_engine  # loads torch
 
     return load_reference_engine(checkpoint, tokenizer, model, engine, num_threads)

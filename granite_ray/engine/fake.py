@@ -46,11 +46,11 @@ class FakeEngine:
     ) -> None:
         self.num_calls = 0
         self.num_steps = 0
+        self.failure: InfrastructureError | None = None
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._tokens_per_s = tokens_per_s
         self._free_at = 0.0
-        self._is_shut_down = False
         self._words = [tokenizer.encode_text(f" {word}") for word in VOCABULARY.split()]
         self._period = tokenizer.encode_text(".")
         self._written = lru_cache(maxsize=16 * NUM_JSON_ANSWERS)(self._write_json)
@@ -95,11 +95,11 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         """Refuse every later call."""
-        self._is_shut_down = True
+        self.failure = InfrastructureError("The engine was shut down.")
 
     def _admit(self, prompt: Prompt, num_answer_tokens: int) -> None:
-        if self._is_shut_down:
-            raise InfrastructureError("The engine was shut down.")
+        if self.failure is not None:
+            raise InfrastructureError(str(self.failure))
         check_fits(prompt, num_answer_tokens, self._max_model_len)
         self.num_calls += 1
 

@@ -78,6 +78,11 @@ class EngineFront:
         self._thread.start()
 
     @property
+    def failure(self) -> InfrastructureError | None:
+        """Why it answers no call any more, None while it does."""
+        return self._error
+
+    @property
     def num_steps(self) -> int:
         """Grows while the engine gets on with a call."""
         return self._core.num_steps

@@ -13,12 +13,15 @@ import torch
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.cache import Cache
-from granite_ray.engine.canary import check_model
+from granite_ray.engine.canary import check_model, choose_shape
 from granite_ray.engine.continuation import Continuation
 from granite_ray.engine.devices import choose_device
-from granite_ray.engine.front import EngineFront
+from granite_ray.engine.front import Core, EngineFront
 from granite_ray.engine.grammar import GrammarCompiler
 from granite_ray.engine.graphs import DecodeGraphs
+from granite_ray.engine.group_canary import check_group
+from granite_ray.engine.loading import Weights
+from granite_ray.engine.lockstep import LockstepCore
 from granite_ray.engine.requests import GenerateRequest, Request
 from granite_ray.engine.runner import Runner, num_logits_rows
 from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks, read_logprobs
@@ -27,11 +30,11 @@ from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
 from granite_ray.engine.sizing import CacheSize, cache_budget, size_cache
 from granite_ray.engine.weighing import Weighing
 from granite_ray.errors import ConfigError
-from granite_ray.model.architecture import read_architecture
 from granite_ray.model.attention_parts import can_read_blocks
 from granite_ray.model.granite import GraniteModel
 from granite_ray.model.state import allocate_state
-from granite_ray.model.weights import dummy_model, load_weights
+from granite_ray.parallel.groups import Group
+from granite_ray.parallel.place import RankPlace
 from granite_ray.tokenizer import Tokenizer
 
 MAX_BRANCH_TOKENS = 512
@@ -39,8 +42,6 @@ MAX_BRANCH_TOKENS = 512
 
 MIN_STEP_TOKENS = 64
 """A step of fewer tokens that device memory does not suffice for ends the engine."""
-DUMMY_SEED = 0
-"""Fixed, so that every replica of a job gets the same random model."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +52,38 @@ def load_native_engine(
     model: ModelConfig,
     engine: EngineConfig,
     num_threads: int | None,
+    place: RankPlace | None = None,
 ) -> EngineFront:
     """Load the checkpoint, size its cache, check what it computes, and start its engine.
 
+    Args:
+        checkpoint: What to load.
+        tokenizer: That of the checkpoint.
+        model: How the weights are read.
+        engine: How the engine runs.
+        num_threads: CPU threads of this process; by default torch decides.
+        place: This rank's place in its replica, None where it is the only one. All ranks load at
+            the same time.
+
     Raises:
         ConfigError: The weights, the device or the memory do not do.
-        InfrastructureError: The model computes wrongly here.
+        InfrastructureError: The model computes wrongly here, or another rank does not come.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    loaded = _load_model(checkpoint, model, choose_device(engine.device))
+    group = None if place is None else Group(place)
+    weights = Weights(checkpoint, model, choose_device(engine.device))
+    loaded = weights.load(group)
     architecture, weight = loaded.architecture, loaded.norm.weight
     longest = checkpoint.max_model_len
     budget = cache_budget(engine, weight.device, num_threads)
     size = size_cache(architecture, engine, longest, weight.dtype, budget)
     runner = _make_runner(loaded, size, engine, longest)
-    check_model(runner, size, engine.block_size, longest, architecture.vocab_size, weight.dtype)
+    shape = choose_shape(size, engine.block_size, longest, architecture.vocab_size)
+    if group is not None:
+        group.join(weight.device)
+        check_group(runner, group, weights.load_layer, shape)
+    check_model(runner, shape)
     has_state = "mamba" in architecture.layer_types
     scheduler = Scheduler(
         SchedulerLimits(size.max_num_seqs, engine.max_num_batched_tokens, MAX_BRANCH_TOKENS),
@@ -75,16 +92,10 @@ def load_native_engine(
     grammars = GrammarCompiler(
         tokenizer.tokenizer_json, architecture.vocab_size, tokenizer.eos_token_ids
     )
-    core = NativeCore(runner, scheduler, tokenizer, grammars)
+    core: Core = NativeCore(runner, scheduler, tokenizer, grammars, retries_steps=group is None)
+    if group is not None:
+        core = LockstepCore(core, group)
     return EngineFront(core, tokenizer, grammars, longest)
-
-
-def _load_model(checkpoint: Checkpoint, model: ModelConfig, device: torch.device) -> GraniteModel:
-    architecture = read_architecture(checkpoint.config)
-    dtype = getattr(torch, architecture.dtype if model.dtype == "auto" else model.dtype)
-    if model.load_format == "dummy":
-        return dummy_model(architecture, dtype=dtype, device=device, seed=DUMMY_SEED)
-    return load_weights(checkpoint.path, architecture, dtype=dtype, device=device)
 
 
 def _make_runner(
@@ -112,7 +123,12 @@ def _make_runner(
 
 
 class NativeCore:
-    """Continuous batching over one model; see `Core` for what its methods promise."""
+    """Continuous batching over one model; see `Core` for what its methods promise.
+
+    Args:
+        retries_steps: Whether a step that device memory does not suffice for is made in smaller
+            ones; not where other ranks wait in the midst of it.
+    """
 
     def __init__(
         self,
@@ -120,7 +136,10 @@ class NativeCore:
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         grammars: GrammarCompiler,
+        *,
+        retries_steps: bool = True,
     ) -> None:
+        self._retries_steps = retries_steps
         self._runner = runner
         self._scheduler = scheduler
         self._tokenizer = tokenizer
@@ -170,6 +189,7 @@ class NativeCore:
         self._drop_abandoned()
         plan = self._scheduler.schedule()
         if not plan.scheduled:
+            self._runner.run_empty()
             return
         # Known only now: `complete` moves the sequences on.
         takers = [(item, num_logits_rows(item)) for item in plan.scheduled if item.needs_logits]
@@ -193,7 +213,8 @@ class NativeCore:
         try:
             return self._runner.run(plan)
         except torch.OutOfMemoryError:
-            if sum(item.num_tokens for item in plan.scheduled) < MIN_STEP_TOKENS:
+            num_tokens = sum(item.num_tokens for item in plan.scheduled)
+            if not self._retries_steps or num_tokens < MIN_STEP_TOKENS:
                 raise
             logger.warning("out of device memory, halving steps num_seqs=%d", len(plan.scheduled))
         # Outside of `except`: its traceback would keep the failed step's tensors alive.

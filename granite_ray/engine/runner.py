@@ -20,7 +20,7 @@ class Runner:
         block_size: int,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self._graphs = graphs
         self._state = state
         self._block_size = block_size
@@ -29,7 +29,12 @@ class Runner:
     @property
     def num_steps(self) -> int:
         """Layers run so far: grows also within one long step."""
-        return self._model.num_layers_run
+        return self.model.num_layers_run
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of weights, keys and values."""
+        return next(self.model.parameters()).dtype
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
@@ -44,9 +49,13 @@ class Runner:
         if self._graphs is not None and plan.num_decodes == len(plan.scheduled):
             logits = self._graphs.run(batch)
         else:
-            logits = self._model(batch, self._state)
+            logits = self.model(batch, self._state)
         self._state.copy_slots(plan.saved)
         return logits
+
+    def run_empty(self) -> None:
+        """Take part in a step of this rank's group without tokens."""
+        self.model.run_empty()
 
 
 def num_logits_rows(scheduled: ScheduledSequence) -> int:

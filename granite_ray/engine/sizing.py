@@ -46,6 +46,36 @@ def size_cache(
     dtype: torch.dtype,
     budget_bytes: int,
 ) -> CacheSize:
+    """Divide a budget as `fit_cache` does, and say what came out.
+
+    Raises:
+        ConfigError: If not even one sequence of the longest length fits.
+    """
+    size = fit_cache(architecture, engine, max_model_len, dtype, budget_bytes)
+    bytes_per_slot = slot_bytes(architecture, dtype)
+    if size.max_num_seqs < engine.max_num_seqs:
+        logger.warning(
+            "memory bounds the running sequences max_num_seqs=%d wanted=%d state_mib=%.1f",
+            *(size.max_num_seqs, engine.max_num_seqs, bytes_per_slot / 1024**2),
+        )
+    logger.info(
+        "cache sized blocks=%d block_size=%d tokens=%d kv_gib=%.2f state_slots=%d state_gib=%.2f "
+        "max_num_seqs=%d budget_gib=%.2f",
+        *(size.num_blocks, engine.block_size, size.num_blocks * engine.block_size),
+        size.num_blocks * block_bytes(architecture, engine.block_size, dtype) / GIB,
+        *(size.num_slots, size.num_slots * bytes_per_slot / GIB),
+        *(size.max_num_seqs, budget_bytes / GIB),
+    )
+    return size
+
+
+def fit_cache(
+    architecture: Architecture,
+    engine: EngineConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    budget_bytes: int,
+) -> CacheSize:
     """Divide a budget: blocks of one sequence, slots for those that run and snapshots, more blocks.
 
     No more than all running sequences can come to need, twice over for prefixes that stay.
@@ -65,13 +95,6 @@ def size_cache(
     if num_blocks < blocks_per_seq or max_num_seqs < 1:
         needed_bytes = bytes_per_seq + 2 * slot_bytes(architecture, dtype)
         raise _refusal(max_model_len, needed_bytes, budget_bytes)
-    logger.info(
-        "cache sized blocks=%d block_size=%d tokens=%d kv_gib=%.2f state_slots=%d state_gib=%.2f "
-        "max_num_seqs=%d budget_gib=%.2f",
-        *(num_blocks, engine.block_size, num_blocks * engine.block_size),
-        num_blocks * bytes_per_block / GIB,
-        *(slots, slots * slot_bytes(architecture, dtype) / GIB, max_num_seqs, budget_bytes / GIB),
-    )
     return CacheSize(num_blocks, slots, max_num_seqs)
 
 
@@ -94,13 +117,7 @@ def _size_slots(
         return 0, engine.max_num_seqs
     num_slots = min(engine.max_num_seqs + NUM_SNAPSHOTS, max(most_bytes, 0) // each)
     num_snapshots = min(NUM_SNAPSHOTS, num_slots // 3)
-    max_num_seqs = min(engine.max_num_seqs, num_slots - num_snapshots)
-    if max_num_seqs < engine.max_num_seqs:
-        logger.warning(
-            "memory bounds the running sequences max_num_seqs=%d wanted=%d state_mib=%.1f",
-            *(max_num_seqs, engine.max_num_seqs, each / 1024**2),
-        )
-    return num_slots, max_num_seqs
+    return num_slots, min(engine.max_num_seqs, num_slots - num_snapshots)
 
 
 def cache_budget(engine: EngineConfig, device: torch.device, num_threads: int | None) -> int:

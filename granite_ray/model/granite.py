@@ -14,6 +14,7 @@ from granite_ray.model.mamba import MambaMixer
 from granite_ray.model.moe import MixtureOfExperts
 from granite_ray.model.state import ModelState
 from granite_ray.model.workspace import Workspace
+from granite_ray.parallel.experts import Dispatcher, LocalDispatcher
 
 
 class GraniteModel(nn.Module):
@@ -23,23 +24,23 @@ class GraniteModel(nn.Module):
 
     Args:
         architecture: What the checkpoint says.
-        local_experts: The experts of this rank, all by default.
+        dispatcher: Says which experts are here, by default all, and reaches the others.
 
     Attributes:
         num_layers_run: Grows with every layer of every step: a sign of life.
     """
 
-    def __init__(self, architecture: Architecture, local_experts: range | None = None) -> None:
+    def __init__(self, architecture: Architecture, dispatcher: Dispatcher | None = None) -> None:
         super().__init__()
         self.architecture = architecture
         self.num_layers_run = 0
         self.workspace = Workspace()
-        if local_experts is None:
-            local_experts = range(architecture.num_local_experts)
-        self.local_experts = local_experts
+        if dispatcher is None:
+            dispatcher = LocalDispatcher(range(architecture.num_local_experts))
+        self.dispatcher = dispatcher
         self.embed_tokens = Linear(architecture.hidden_size, architecture.vocab_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(architecture, layer_index, local_experts)
+            DecoderLayer(architecture, layer_index, dispatcher)
             for layer_index in range(len(architecture.layer_types))
         )
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
@@ -69,11 +70,28 @@ class GraniteModel(nn.Module):
         head(normed_LD, logits_LV)
         return logits_LV.float() / architecture.logits_scaling
 
+    @torch.inference_mode()
+    def run_empty(self) -> None:
+        """Take part, without tokens, in a step of the ranks that share the experts."""
+        weight = self.norm.weight
+        no_tokens = weight.new_empty((0, len(weight)))
+        for layer in self.decoder_layers:
+            if self.architecture.num_local_experts:
+                layer.block_sparse_moe(no_tokens, self.workspace)
+            self.num_layers_run += 1
+
+    @property
+    def decoder_layers(self) -> list["DecoderLayer"]:
+        """The layers, known as what they are."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
 
 class DecoderLayer(nn.Module):
     """A mixer, then the feed-forward networks; adds what each says to the tokens, in place."""
 
-    def __init__(self, architecture: Architecture, layer_index: int, local_experts: range) -> None:
+    def __init__(
+        self, architecture: Architecture, layer_index: int, dispatcher: Dispatcher
+    ) -> None:
         super().__init__()
         hidden_size, eps = architecture.hidden_size, architecture.rms_norm_eps
         self.layer_type = architecture.layer_types[layer_index]
@@ -87,7 +105,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.feed_forwards: list[nn.Module] = []
         if architecture.num_local_experts:
-            self.block_sparse_moe = MixtureOfExperts(architecture, local_experts)
+            self.block_sparse_moe = MixtureOfExperts(architecture, dispatcher)
             self.feed_forwards.append(self.block_sparse_moe)
         if architecture.mlp_size:
             self.shared_mlp = GatedMLP(hidden_size, architecture.mlp_size)

@@ -1,7 +1,7 @@
 """Routed experts: each token's few, chosen by a router, their outputs summed by weight."""
 
 # T tokens, D hidden size, E local experts, K experts per token, I expert width, O output size,
-# R rows: one for each token and chosen local expert, sorted by expert
+# N tokens that have an expert here, R rows: one for each such token and local expert, by expert
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,16 @@ from torch import nn
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.layers import Linear, activate
 from granite_ray.model.workspace import Workspace
+from granite_ray.parallel.experts import Arrived, Dispatcher
 
 
 class MixtureOfExperts(nn.Module):
-    """The router and this rank's experts; ranks that hold all between them sum their outputs."""
+    """The router and this rank's experts; the dispatcher brings tokens to all ranks' experts."""
 
-    def __init__(self, architecture: Architecture, local_experts: range) -> None:
+    def __init__(self, architecture: Architecture, dispatcher: Dispatcher) -> None:
         super().__init__()
-        self.local_experts = local_experts
-        num_local, width = len(local_experts), architecture.expert_size
+        self.dispatcher = dispatcher
+        num_local, width = len(dispatcher.local_experts), architecture.expert_size
         self.router = Router(architecture)
         self.input_linear = ExpertLinear(num_local, architecture.hidden_size, 2 * width)
         self.output_linear = ExpertLinear(num_local, width, architecture.hidden_size)
@@ -27,26 +28,29 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         expert_ids_TK, weights_TK = self.router(x_TD)
-        num_local, num_chosen = len(self.local_experts), expert_ids_TK.shape[1]
-        local_ids = expert_ids_TK.flatten() - self.local_experts.start
-        is_elsewhere = (local_ids < 0) | (local_ids >= num_local)
-        local_ids.masked_fill_(is_elsewhere, num_local)  # sorted to the end
-        order = local_ids.argsort(stable=True)
-        counts_E = _count(local_ids, num_local)
-        routed_RD = workspace.take("routed", (len(order), x_TD.shape[1]), x_TD)
-        torch.index_select(x_TD, 0, order // num_chosen, out=routed_RD)
+        arrived, routing = self.dispatcher.dispatch(x_TD, expert_ids_TK, weights_TK, workspace)
+        return self.dispatcher.combine(self._ask(arrived, workspace), routing, workspace)
+
+    def _ask(self, arrived: Arrived, workspace: Workspace) -> torch.Tensor:
+        """Return for each token the weighted sum of what this rank's experts say, [N, D]."""
+        num_local, num_pairs = len(self.dispatcher.local_experts), arrived.num_pairs
+        x_ND, expert_ids_NK = arrived.x_ND, arrived.expert_ids_NK
+        expert_ids, num_chosen = expert_ids_NK.flatten(), expert_ids_NK.shape[1]
+        counts_E = _count(expert_ids, num_local)
+        order = expert_ids.argsort(stable=True)[:num_pairs]  # those elsewhere come last
+        routed_RD = workspace.take("routed", (num_pairs, x_ND.shape[1]), x_ND)
+        torch.index_select(x_ND, 0, order // num_chosen, out=routed_RD)
         # One row more stands for what the experts of other ranks say; it does not count.
-        out_RD = workspace.take("expert_out", (len(order) + 1, x_TD.shape[1]), x_TD)
+        out_RD = workspace.take("expert_out", (num_pairs + 1, x_ND.shape[1]), x_ND)
         self.run_experts(self, routed_RD, counts_E, out_RD, workspace)
-        rows_TK = torch.empty_like(order)
-        rows_TK[order] = torch.arange(len(order), device=order.device)
-        rows_TK.masked_fill_(is_elsewhere, len(order))
+        rows_NK = torch.full_like(expert_ids, num_pairs)
+        rows_NK[order] = torch.arange(num_pairs, device=order.device)
         return F.embedding_bag(
-            rows_TK.view_as(expert_ids_TK),
+            rows_NK.view_as(expert_ids_NK),
             out_RD,
             mode="sum",
-            per_sample_weights=weights_TK,
-            padding_idx=len(order),
+            per_sample_weights=arrived.weights_NK,
+            padding_idx=num_pairs,
         )
 
 
@@ -87,9 +91,9 @@ def run_one_by_one(
 ) -> None:
     """Run the experts in use one after the other: what lies between stays in a CPU's cache."""
     counts = counts_E.tolist()
-    width = moe.output_linear.weight.shape[2]
-    gate_up = workspace.take("expert_gate_up", (max(counts), 2 * width), routed_RD)
-    inner_RI = workspace.take("expert_inner", (max(counts), width), routed_RD)
+    width, most = moe.output_linear.weight.shape[2], max(counts, default=0)
+    gate_up = workspace.take("expert_gate_up", (most, 2 * width), routed_RD)
+    inner_RI = workspace.take("expert_inner", (most, width), routed_RD)
     start = 0
     for expert, count in enumerate(counts):
         if not count:

@@ -6,6 +6,7 @@ one map between the checkpoint's tensor names and ours.
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from granite_ray.errors import ConfigError
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.granite import GraniteModel
+from granite_ray.model.moe import MixtureOfExperts
+from granite_ray.parallel.experts import Dispatcher, LocalDispatcher
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -55,7 +58,7 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    local_experts: range | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> GraniteModel:
     """Load a checkpoint's weights, of its experts only those of this rank.
 
@@ -63,7 +66,7 @@ def load_weights(
         ConfigError: Naming tensors that are missing, unknown or of another shape.
     """
     with _making(dtype, device):
-        model = GraniteModel(architecture, local_experts)
+        model = GraniteModel(architecture, dispatcher)
     pieces = {piece.name: piece for piece in _pieces(model)}
     with ExitStack() as stack:
         try:
@@ -81,11 +84,44 @@ def load_weights(
     return model.eval()
 
 
-def count_parameters(architecture: Architecture) -> int:
-    """Return how many numbers the whole model has, tied ones once."""
+def load_layer(
+    checkpoint_path: str,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    layer_index: int,
+) -> MixtureOfExperts:
+    """Load all experts of one layer, and its router, of a checkpoint that `load_weights` took."""
+    layer = _make_layer(architecture, dtype, device)
+    prefix = f"model.{_prefix_of_experts(layer_index)}"
+    pieces = [
+        Piece(prefix + name, tuple(parameter.shape), 0, parameter)
+        for name, parameter in layer.named_parameters()
+    ]
+    with ExitStack() as stack:
+        _copy(pieces, _open_files(Path(checkpoint_path), stack))
+    return layer
+
+
+def count_parameters(architecture: Architecture, local_experts: range | None = None) -> int:
+    """Return how many numbers a rank's model has, by default the whole one; tied ones once."""
+    if local_experts is None:
+        local_experts = range(architecture.num_local_experts)
     with _making(torch.bfloat16, torch.device("meta")):
-        model = GraniteModel(architecture)
+        model = GraniteModel(architecture, LocalDispatcher(local_experts))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _make_layer(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> MixtureOfExperts:
+    whole = LocalDispatcher(range(architecture.num_local_experts))
+    with _making(dtype, device):
+        return MixtureOfExperts(architecture, whole).requires_grad_(False)
+
+
+def _prefix_of_experts(layer_index: int) -> str:
+    return f"layers.{layer_index}.block_sparse_moe."
 
 
 @contextmanager
@@ -111,7 +147,7 @@ def _pieces(model: GraniteModel) -> Iterator[Piece]:
         prefix, local_name = _split_name(name)
         if local_name in EXPERTS:
             shape = (architecture.num_local_experts, *parameter.shape[1:])
-            yield Piece(prefix + local_name, shape, model.local_experts.start, parameter)
+            yield Piece(prefix + local_name, shape, model.dispatcher.local_experts.start, parameter)
             continue
         sources = stacked.get(local_name, (local_name,))
         targets = parameter.split_with_sizes(_row_counts(architecture, local_name, len(parameter)))
@@ -187,18 +223,21 @@ NUM_NOISE_VALUES = 1_048_573
 
 
 def dummy_model(
-    architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    dispatcher: Dispatcher | None = None,
 ) -> GraniteModel:
     """Make a model of random numbers at a scale where greedy text varies.
 
     Layers must drown the token's own embedding: with usual scales and a tied head, a random
     Granite model repeats its last token for ever. The numbers repeat after `NUM_NOISE_VALUES`:
-    drawing seven billion would take minutes.
+    drawing seven billion would take minutes. An expert's are the same on whatever rank it is.
     """
     with _making(dtype, device):
-        model = GraniteModel(architecture)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(NUM_NOISE_VALUES, generator=generator).to(device)
+        model = GraniteModel(architecture, dispatcher)
+    noise = _Noise(seed, device)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             parameter.copy_(_start_value(name.rpartition(".")[2], parameter))
@@ -206,9 +245,39 @@ def dummy_model(
         std = 2 / math.sqrt(parameter.shape[-1])
         if parameter is model.embed_tokens.weight:
             std = 0.5 / architecture.embedding_multiplier
-        start = int(torch.randint(NUM_NOISE_VALUES, (), generator=generator))
-        _tile(parameter, (noise.roll(-start) * std).to(dtype))
+        is_divided = _split_name(name)[1] in EXPERTS
+        noise.fill(name, parameter, std, model.dispatcher.local_experts.start if is_divided else 0)
     return model.eval()
+
+
+def dummy_layer(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    layer_index: int,
+) -> MixtureOfExperts:
+    """Make all experts of one layer, and its router, as `dummy_model` makes them."""
+    layer, noise = _make_layer(architecture, dtype, device), _Noise(seed, device)
+    for name, parameter in layer.named_parameters():
+        std = 2 / math.sqrt(parameter.shape[-1])
+        noise.fill(_prefix_of_experts(layer_index) + name, parameter, std)
+    return layer
+
+
+class _Noise:
+    """Random numbers for parameters by their names, each to be had without the others."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._values = torch.randn(NUM_NOISE_VALUES, generator=generator).to(device)
+
+    def fill(self, name: str, parameter: torch.Tensor, std: float, first_row: int = 0) -> None:
+        """Fill a parameter that begins at `first_row` of the whole one."""
+        start = zlib.crc32(name.encode()) + first_row * parameter[:1].numel()
+        noise = (self._values.roll(-(start % NUM_NOISE_VALUES)) * std).to(parameter.dtype)
+        for part in torch.split(parameter.view(-1), len(noise)):
+            part.copy_(noise[: len(part)])
 
 
 def _start_value(kind: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -218,8 +287,3 @@ def _start_value(kind: str, parameter: torch.Tensor) -> torch.Tensor:
     if kind == "bias":
         return torch.zeros(len(parameter))
     return torch.ones(len(parameter))
-
-
-def _tile(parameter: torch.Tensor, noise: torch.Tensor) -> None:
-    for part in torch.split(parameter.view(-1), len(noise)):
-        part.copy_(noise[: len(part)])

@@ -41,8 +41,25 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    for command in ("run", "redrive", "status", "eval", "schema"):
+    for command in ("run", "plan", "redrive", "status", "eval", "schema"):
         assert f"\n    {command} " in told
+
+
+def test_a_plan_tells_the_smallest_group_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"path": "configs/models/granite-4.0-h-small", "load_format": "dummy"}
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(job_values(tmp_path, tmp_path / "out", model=model)))
+    told = {}
+    for gpu_gib in ("80", "24", "2"):
+        assert main(["plan", str(config), "--gpu-gib", gpu_gib]) == 0
+        told[gpu_gib] = capsys.readouterr().out
+    # 60 GiB of weights, of which experts are 50.6 GiB.
+    assert "engine.expert_parallel_size: 1" in told["80"]
+    assert "engine.expert_parallel_size: 5" in told["24"]
+    assert "No group fits on GPUs of 2 GiB" in told["2"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_schema_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:

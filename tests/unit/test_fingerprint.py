@@ -61,7 +61,8 @@ CHANGES_NO_ANSWER: dict[str, Any] = {
     "model.path": "elsewhere",  # the checkpoint's identity counts, not its place
     "engine.device": "cpu",
     "engine.num_replicas": 2,
-    "engine.expert_parallel_size": 1,  # the only value so far
+    "engine.expert_parallel_size": 2,
+    "engine.rank_timeout_s": 9.0,
     "engine.fake_tokens_per_s": 9.0,
     "engine.max_num_seqs": 3,
     "engine.max_num_batched_tokens": 999,

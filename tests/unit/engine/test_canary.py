@@ -11,7 +11,7 @@ import torch
 
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.config import ModelConfig
-from granite_ray.engine.canary import check_model
+from granite_ray.engine.canary import check_model, choose_shape
 from granite_ray.engine.factory import Engine
 from granite_ray.engine.runner import Runner
 from granite_ray.engine.sizing import CacheSize
@@ -69,7 +69,9 @@ class Checked:
         fill_with_nan(state)
         runner = Runner(model, state, self.block_size)
         vocab_size = self.architecture.vocab_size
-        check_model(runner, self.size, self.block_size, self.max_model_len, vocab_size, self.dtype)
+        check_model(
+            runner, choose_shape(self.size, self.block_size, self.max_model_len, vocab_size)
+        )
 
 
 # right models ────────────────────────────────────────────────────────────────────────────────────

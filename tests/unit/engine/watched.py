@@ -12,6 +12,7 @@ from granite_ray.checkpoint import Checkpoint
 from granite_ray.engine.cache import Cache
 from granite_ray.engine.front import EngineFront
 from granite_ray.engine.grammar import GrammarCompiler
+from granite_ray.engine.lockstep import LockstepCore
 from granite_ray.engine.native import NativeCore
 from granite_ray.engine.runner import Runner
 from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
@@ -19,6 +20,8 @@ from granite_ray.engine.sequence import StepPlan
 from granite_ray.model.architecture import read_architecture
 from granite_ray.model.state import ModelState, allocate_state
 from granite_ray.model.weights import load_weights
+from granite_ray.parallel.experts import GroupDispatcher
+from granite_ray.parallel.groups import Group
 from granite_ray.records import Prompt, SamplingParams
 from granite_ray.tokenizer import load_tokenizer
 
@@ -37,10 +40,15 @@ class Sizes:
     max_num_branch_tokens: int = 512
 
 
-def make_runner(checkpoint: Checkpoint, sizes: Sizes) -> tuple[Runner, ModelState]:
-    """A checkpoint in float32 with its memory, which is full of NaN."""
+def make_runner(
+    checkpoint: Checkpoint, sizes: Sizes, group: Group | None = None
+) -> tuple[Runner, ModelState]:
+    """A checkpoint in float32 with its memory, which is full of NaN; of a group, one rank's."""
     architecture = read_architecture(checkpoint.config)
-    model = load_weights(checkpoint.path, architecture, dtype=torch.float32, device=CPU)
+    dispatcher = group and GroupDispatcher(group, architecture.num_local_experts, CPU)
+    model = load_weights(
+        checkpoint.path, architecture, dtype=torch.float32, device=CPU, dispatcher=dispatcher
+    )
     num_slots = sizes.num_slots if "mamba" in architecture.layer_types else 0
     state = allocate_state(
         architecture, sizes.num_blocks, BLOCK_SIZE, num_slots, torch.float32, CPU
@@ -82,6 +90,9 @@ class WatchedRunner:
     def num_steps(self) -> int:
         return self.runner.num_steps
 
+    def run_empty(self) -> None:
+        self.runner.run_empty()
+
     def run(self, plan: StepPlan) -> torch.Tensor:
         if len(self.token_counts) == self.pause_at:
             self.may_step.clear()
@@ -118,9 +129,12 @@ class WatchedRunner:
 
 
 def start_native(
-    checkpoint: Checkpoint, runner: Runner | WatchedRunner, sizes: Sizes
+    checkpoint: Checkpoint,
+    runner: Runner | WatchedRunner,
+    sizes: Sizes,
+    group: Group | None = None,
 ) -> tuple[EngineFront, Scheduler]:
-    """An engine around a runner, and the scheduler inside."""
+    """An engine around a runner, and the scheduler inside; with a group, one rank's."""
     architecture = read_architecture(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.path)
     grammars = GrammarCompiler(
@@ -132,5 +146,7 @@ def start_native(
     )
     cache = Cache(sizes.num_blocks, BLOCK_SIZE, sizes.num_slots, has_state)
     scheduler = Scheduler(limits, cache)
-    core = NativeCore(runner, scheduler, tokenizer, grammars)
+    core: Any = NativeCore(runner, scheduler, tokenizer, grammars, retries_steps=group is None)
+    if group is not None:
+        core = LockstepCore(core, group)
     return EngineFront(core, tokenizer, grammars, checkpoint.max_model_len), scheduler

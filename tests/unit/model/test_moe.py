@@ -11,6 +11,7 @@ from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeMoE
 from granite_ray.model.architecture import Architecture, read_architecture
 from granite_ray.model.moe import MixtureOfExperts, run_grouped, run_one_by_one
 from granite_ray.model.workspace import Workspace
+from granite_ray.parallel.experts import Arrived, LocalDispatcher
 from tests.family import PRESETS
 
 HIDDEN, WIDTH, NUM_EXPERTS, NUM_CHOSEN = 32, 24, 8, 3
@@ -29,7 +30,8 @@ def make_architecture() -> Architecture:
 
 
 def make_moe(local_experts: range = range(NUM_EXPERTS)) -> MixtureOfExperts:
-    moe = MixtureOfExperts(make_architecture(), local_experts).requires_grad_(False)
+    moe = MixtureOfExperts(make_architecture(), LocalDispatcher(local_experts))
+    moe.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     rows = slice(local_experts.start, local_experts.stop)
     shapes = (NUM_EXPERTS, 2 * WIDTH, HIDDEN), (NUM_EXPERTS, HIDDEN, WIDTH)
@@ -76,17 +78,30 @@ def test_experts_are_summed_by_weight() -> None:
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+class OneRankOfSeveral(LocalDispatcher):
+    """Shows its experts all tokens, and leaves out what others would say."""
+
+    def dispatch(self, x_TD, expert_ids_TK, weights_TK, _):
+        local_ids_TK = expert_ids_TK - self.local_experts.start
+        is_here = (local_ids_TK >= 0) & (local_ids_TK < len(self.local_experts))
+        local_ids_TK = local_ids_TK.where(is_here, len(self.local_experts))
+        return Arrived(x_TD, local_ids_TK, weights_TK, int(is_here.sum())), None
+
+
+def make_part(local_experts: range, run_experts: object) -> MixtureOfExperts:
+    moe = make_moe(local_experts)
+    moe.dispatcher, moe.run_experts = OneRankOfSeveral(local_experts), run_experts
+    return moe
+
+
 @pytest.mark.parametrize("cut", [1, 3, 7])
 @pytest.mark.parametrize("run_experts", [run_one_by_one, run_grouped])
 def test_ranks_that_hold_all_experts_between_them_sum_to_the_whole(
     cut: int, run_experts: object
 ) -> None:
     x_TD, whole = make_tokens(), make_moe()(make_tokens(), Workspace())
-    parts = []
-    for local_experts in (range(cut), range(cut, NUM_EXPERTS)):
-        moe = make_moe(local_experts)
-        moe.run_experts = run_experts
-        parts.append(moe(x_TD, Workspace()))
+    both = range(cut), range(cut, NUM_EXPERTS)
+    parts = [make_part(local_experts, run_experts)(x_TD, Workspace()) for local_experts in both]
     assert all(part.abs().max() > 0 for part in parts)
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-5)
 
@@ -100,14 +115,20 @@ def test_grouped_products_are_the_same_as_one_by_one() -> None:
 
 @pytest.mark.parametrize("run_experts", [run_one_by_one, run_grouped])
 def test_a_rank_whose_experts_nobody_chose_adds_nothing(run_experts: object) -> None:
-    moe = make_moe(range(4, NUM_EXPERTS))
-    moe.run_experts = run_experts
+    moe = make_part(range(4, NUM_EXPERTS), run_experts)
     x_TD = make_tokens().abs()
     moe.router.layer.weight[:4] = 1.0
     moe.router.layer.weight[4:] = -1.0
     workspace = Workspace()
-    workspace.take("expert_out", (NUM_TOKENS * NUM_CHOSEN + 1, HIDDEN), x_TD).fill_(torch.nan)
+    workspace.take("expert_out", (1, HIDDEN), x_TD).fill_(torch.nan)
     assert moe(x_TD, workspace).eq(0).all()
+
+
+@pytest.mark.parametrize("run_experts", [run_one_by_one, run_grouped])
+@pytest.mark.parametrize("local_experts", [range(NUM_EXPERTS), range(3, 3)])
+def test_no_tokens_give_no_rows(local_experts: range, run_experts: object) -> None:
+    moe = make_part(local_experts, run_experts)
+    assert moe(make_tokens()[:0], Workspace()).shape == (0, HIDDEN)
 
 
 def test_a_single_token_runs_its_experts_only() -> None:

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from granite_ray.errors import ConfigError
 from granite_ray.model.architecture import read_architecture
-from granite_ray.model.weights import count_parameters, dummy_model, load_weights
+from granite_ray.model.weights import (
+    count_parameters,
+    dummy_layer,
+    dummy_model,
+    load_layer,
+    load_weights,
+)
+from granite_ray.parallel.experts import LocalDispatcher
 from tests.family import FAMILY, PRESETS
 from tests.forward_batches import Stepper, Turn
 from tests.unit.model.conftest import CPU, Member, make_member
@@ -80,7 +87,7 @@ def test_a_rank_reads_its_experts_only(hybrid: Member) -> None:
         hybrid.architecture,
         dtype=torch.float32,
         device=CPU,
-        local_experts=local_experts,
+        dispatcher=LocalDispatcher(local_experts),
     )
     theirs = load_file(hybrid.path / "model.safetensors")
     for name, parameter in model.named_parameters():
@@ -203,6 +210,34 @@ def test_noise_is_that_of_its_seed(hybrid: Member) -> None:
     one, same, other = ([*model.parameters()] for model in models)
     assert all(a.equal(b) for a, b in zip(one, same, strict=True))
     assert not any(a.equal(b) for a, b in zip(one, other, strict=True) if a.ndim > 1)
+
+
+def test_made_up_experts_are_the_same_on_every_rank(hybrid: Member) -> None:
+    how = hybrid.architecture, torch.float32, CPU, 3
+    whole = dict(dummy_model(*how).named_parameters())
+    part = dict(dummy_model(*how, LocalDispatcher(range(5, 17))).named_parameters())
+    for name, parameter in part.items():
+        is_divided = name.endswith(("moe.input_linear.weight", "moe.output_linear.weight"))
+        assert parameter.equal(whole[name][5:17] if is_divided else whole[name])
+
+
+def test_the_experts_of_one_layer_are_those_of_the_model(hybrid: Member) -> None:
+    how = hybrid.architecture, torch.float32, CPU
+    read = load_layer(str(hybrid.path), *how, 2)
+    made = dummy_layer(*how, 3, 2)
+    for layer, model in ((read, hybrid.load()), (made, dummy_model(*how, 3))):
+        expected = dict(model.layers[2].block_sparse_moe.named_parameters())
+        found = dict(layer.named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(found[name].equal(expected[name]) for name in found)
+
+
+def test_a_rank_has_as_many_parameters_as_are_counted_for_it(hybrid: Member) -> None:
+    local_experts = range(5, 17)
+    how = hybrid.architecture, torch.float32, CPU, 3
+    model = dummy_model(*how, LocalDispatcher(local_experts))
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert count_parameters(hybrid.architecture, local_experts) == found
 
 
 def test_mamba_starts_from_what_training_starts_from(hybrid: Member) -> None:

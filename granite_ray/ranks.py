@@ -1,0 +1,337 @@
+"""A replica on several ranks: Ray actors with a device each, placed and removed together.
+
+The actor that answers shards holds no device itself. Were it rank 0, eight replicas could take the
+eight devices of a cluster, and each would wait for ever for its second one.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from granite_ray.checkpoint import Checkpoint
+from granite_ray.engine.factory import Engine
+from granite_ray.engine.requests import Future, check_fits, fail, settle
+from granite_ray.errors import GraniteRayError, InfrastructureError
+from granite_ray.parallel.balance import RankBalance
+from granite_ray.parallel.place import RankPlace
+from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
+from granite_ray.stages import StageContext, local_checkpoint
+from granite_ray.tokenizer import load_tokenizer
+
+PLACING_SHARE = 0.5
+"""Of the time that the driver waits for a sign of life: then it hears what is missing."""
+BEAT_S = 1.0
+"""How often each rank is asked whether it lives."""
+ANSWER_S = 5.0
+"""How long Ray's head may take to remove what a run has left."""
+MAX_CALLS = 10_000
+"""Calls that one rank takes in at once; more wait their turn."""
+
+logger = logging.getLogger(__name__)
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait. Call it before torch is loaded.
+
+    They spin by default, which on busy cores makes one batch take twenty times as long as another.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class RankWorker:
+    """The actor that holds one rank."""
+
+    def __init__(self, context: StageContext) -> None:
+        wait_passively()
+        self._context = context
+        self._engine: Engine | None = None
+        self._meeting: Any = None
+
+    def open_meeting(self) -> tuple[str, int]:
+        """Return where the ranks meet; the leader's process holds the place open."""
+        host = ray.util.get_node_ip_address()
+        if self._context.config.engine.backend == "fake":
+            return host, 0  # it shares nothing
+        from granite_ray.parallel.groups import open_meeting  # loads torch
+
+        self._meeting, port = open_meeting(host, self._context.config.job.scheduling_timeout_s)
+        return host, port
+
+    def load(self, rank: int, meeting: tuple[str, int], num_threads: int | None) -> None:
+        """Build this rank's engine; comes back when those of all ranks are built."""
+        config = self._context.config
+        place = RankPlace(
+            rank=rank,
+            size=config.engine.expert_parallel_size,
+            host=ray.util.get_node_ip_address(),
+            meeting=meeting,
+            patience_s=config.job.scheduling_timeout_s,
+            timeout_s=config.engine.rank_timeout_s,
+        )
+        self._engine = self._context.make_engine(
+            local_checkpoint(self._context), config.model, config.engine, num_threads, place
+        )
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None
+    ) -> Completion:
+        """Continue a prompt on this rank."""
+        assert self._engine is not None, "not loaded"
+        return await self._engine.generate(prompt, sampling, grammar)
+
+    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+        """Weigh choices on this rank."""
+        assert self._engine is not None, "not loaded"
+        return await self._engine.score(prompt, choices)
+
+    def beat(self) -> int:
+        """Return the steps made so far.
+
+        Raises:
+            InfrastructureError: If the engine has failed.
+        """
+        assert self._engine is not None, "not loaded"
+        if self._engine.failure is not None:
+            raise self._engine.failure
+        return self._engine.num_steps
+
+
+class RankedEngine:
+    """An `Engine` in front of the ranks of one replica; it deals calls out to them by tokens.
+
+    Where a rank dies, fails or does not answer for `engine.rank_timeout_s`, all calls get
+    InfrastructureError: the replica is of no use then.
+
+    Args:
+        context: The job's.
+        checkpoint: The job's, as this node can read it.
+        bundle: What Ray is to give to each rank.
+        num_threads: CPU threads of each rank.
+
+    Raises:
+        ConfigError: The weights, the device or the memory do not do.
+        InfrastructureError: The ranks cannot be placed, or do not start.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        checkpoint: Checkpoint,
+        bundle: Mapping[str, float],
+        num_threads: int | None,
+    ) -> None:
+        engine, self._patience_s = context.config.engine, context.config.job.scheduling_timeout_s
+        self._rank_timeout_s = engine.rank_timeout_s
+        self._max_model_len = checkpoint.max_model_len
+        self._tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        self._balance = RankBalance(engine.expert_parallel_size)
+        self._lock = threading.Lock()  # guards the unsettled and the failure
+        self._unsettled: set[Future[Any]] = set()
+        self._workers: list[Any] = []
+        self.failure: InfrastructureError | None = None
+        self.num_calls = self.num_steps = 0
+        actor_id = ray.get_runtime_context().get_actor_id()
+        self._name = f"{_prefix(context.run_id)}{actor_id}"
+        _remove(self._name)  # that of this actor's process before, which has died
+        try:
+            placement = self._reserve([dict(bundle)] * engine.expert_parallel_size)
+            self._start(placement, context, bundle, num_threads)
+        except BaseException:
+            self.shutdown()
+            raise
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
+    ) -> Completion:
+        """Continue `prompt`; see `LLM`."""
+
+        def call(worker: Any) -> Any:
+            return worker.generate.remote(prompt, sampling, grammar)
+
+        completion: Completion = await self._ask(prompt, sampling.max_tokens, call)
+        return completion
+
+    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+        """Return the log-probability of each choice right after `prompt`; see `LLM`."""
+
+        def call(worker: Any) -> Any:
+            return worker.score.remote(prompt, choices)
+
+        scores: list[float] = await self._ask(prompt, max(map(len, choices), default=0), call)
+        return scores
+
+    def count(self, text: str) -> int:
+        """Count the tokens of plain text; see `LLM`."""
+        return self._tokenizer.count(text)
+
+    def shutdown(self) -> None:
+        """End the ranks' processes and give back what they held; calls get InfrastructureError."""
+        self._fail(InfrastructureError("The engine was shut down."))
+        for worker in self._workers:
+            with suppress(ray.exceptions.RayError):
+                ray.kill(worker)
+        _remove(self._name)
+
+    async def _ask(self, prompt: Prompt, num_answer_tokens: int, call: Callable[[Any], Any]) -> Any:
+        check_fits(prompt, num_answer_tokens, self._max_model_len)
+        answer: Future[Any] = Future()
+        with self._lock:
+            if self.failure is not None:
+                raise InfrastructureError(str(self.failure))
+            self._unsettled.add(answer)
+        self.num_calls += 1
+        rank, num_tokens = self._balance.choose(prompt, num_answer_tokens)
+        reference = call(self._workers[rank])
+        reference.future().add_done_callback(partial(_pass_on, answer))
+        try:
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            ray.cancel(reference)
+            raise
+        finally:
+            self._balance.release(rank, num_tokens)
+            with self._lock:
+                self._unsettled.discard(answer)
+
+    def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
+        """Reserve room for all ranks at once, on one node where there is one with so much."""
+        placement: PlacementGroup = placement_group(bundles, strategy="PACK", name=self._name)
+        patience_s = PLACING_SHARE * self._patience_s
+        if not placement.wait(patience_s):
+            free = ray.available_resources()
+            has = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundles[0])
+            raise InfrastructureError(
+                f"engine.expert_parallel_size: the cluster has not placed {len(bundles)} ranks of "
+                f"{bundles[0]} in {patience_s:g} s (half of job.scheduling_timeout_s); {has} "
+                "are free. Use smaller groups, fewer engine.num_replicas, or a larger cluster."
+            )
+        return placement
+
+    def _start(
+        self,
+        placement: PlacementGroup,
+        context: StageContext,
+        bundle: Mapping[str, float],
+        num_threads: int | None,
+    ) -> None:
+        make_actor: Any = ray.remote  # its own types leave out the last two options
+        actor = make_actor(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=0,
+            max_concurrency=MAX_CALLS,
+            concurrency_groups={"life": 1},
+        )(RankWorker)
+        for rank in range(context.config.engine.expert_parallel_size):
+            strategy = PlacementGroupSchedulingStrategy(placement, rank)
+            options = actor.options(scheduling_strategy=strategy)
+            self._workers.append(options.remote(context))
+        deadline = time.monotonic() + 2 * self._patience_s  # to start, and to load
+        [meeting] = _wait_for([self._workers[0].open_meeting.remote()], deadline)
+        loading = [
+            worker.load.remote(rank, meeting, num_threads)
+            for rank, worker in enumerate(self._workers)
+        ]
+        _wait_for(loading, deadline)
+
+    def _watch(self) -> None:
+        """Ask all ranks for a sign of life, again and again, until one gives none."""
+        while self.failure is None:
+            time.sleep(BEAT_S)
+            beats = [
+                worker.beat.options(concurrency_group="life").remote() for worker in self._workers
+            ]
+            try:
+                self.num_steps = sum(_wait_for(beats, time.monotonic() + self._rank_timeout_s))
+            except GraniteRayError as error:
+                self._fail(InfrastructureError(f"A rank of the replica was lost: {error}"))
+
+    def _fail(self, error: InfrastructureError) -> None:
+        """Let all calls, those in flight and later ones, end with an error; once and for good."""
+        with self._lock:
+            self.failure = self.failure or error
+            left = list(self._unsettled)
+        for answer in left:
+            fail(answer, InfrastructureError(str(self.failure)))
+
+
+def remove_ranks(run_id: str) -> None:
+    """Remove all ranks of a run, if Ray still answers.
+
+    Ray keeps their room until the job ends, also where the actor that asked for it was killed.
+    """
+
+    def remove() -> None:
+        with suppress(Exception):  # the head may be gone, and the run ends with that error
+            for group in ray.util.placement_group_table().values():
+                if group["name"].startswith(_prefix(run_id)) and group["state"] != "REMOVED":
+                    _remove(group["name"])
+
+    remover = threading.Thread(target=remove, name="remover", daemon=True)
+    remover.start()
+    remover.join(ANSWER_S)
+
+
+def _prefix(run_id: str) -> str:
+    return f"granite-ray {run_id} ranks of "
+
+
+def _remove(name: str) -> None:
+    """Remove the placement group of this name, if there is one, and with it what runs in it."""
+    with suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(name))
+
+
+def _wait_for(references: list[Any], deadline: float) -> list[Any]:
+    """Return all values; raise what the first that fails has raised, without waiting for others."""
+    pending = references
+    while pending:
+        done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            raise InfrastructureError(
+                f"{len(pending)} of {len(references)} ranks do not answer in time"
+            )
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            raise _own(error) from error
+    values: list[Any] = ray.get(references)
+    return values
+
+
+def _pass_on(answer: Future[Any], done: Future[Any]) -> None:
+    """Settle a caller's future as a rank settled its own."""
+    if done.cancelled():
+        fail(answer, InfrastructureError("The call was cancelled."))
+        return
+    error = done.exception()
+    if error is None:
+        settle(answer, done.result())
+    else:
+        fail(answer, _own(error))
+
+
+def _own(error: BaseException) -> Exception:
+    """Return what a rank raised, out of what Ray made of it."""
+    while isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
+    if isinstance(error, ray.exceptions.RayError) or not isinstance(error, Exception):
+        words = str(error).strip().partition("\n")[0]
+        return InfrastructureError(f"A rank has gone: {words or type(error).__name__}")
+    return error
