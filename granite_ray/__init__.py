@@ -7,10 +7,11 @@ from granite_ray.config import JobConfig, load_config
 from granite_ray.errors import GraniteRayError
 from granite_ray.evaluation import Evaluation, evaluate
 from granite_ray.io.results import read_results
-from granite_ray.job import RunOptions, redrive_job, run_job
+from granite_ray.job import EndedJob, RunOptions, redrive_job, run_job, run_jobs
 from granite_ray.report import RunReport
 
 __all__ = [
+    "EndedJob",
     "Evaluation",
     "GraniteRayError",
     "JobConfig",
@@ -21,4 +22,5 @@ __all__ = [
     "read_results",
     "redrive_job",
     "run_job",
+    "run_jobs",
 ]

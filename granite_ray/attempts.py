@@ -33,6 +33,7 @@ class _ShardJournal:
     node_id: str | None = None
     is_inside: bool = False
     document: int | None = None
+    num_begun: int = 0
     num_deaths: int = 0
     lone_deaths: dict[int, int] = field(default_factory=dict)
 
@@ -45,6 +46,7 @@ class LiveCounts:
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
     def __add__(self, other: "LiveCounts") -> "LiveCounts":
         mine, theirs = asdict(self), asdict(other)
@@ -65,6 +67,7 @@ class Journal:
         self._shards: dict[str, _ShardJournal] = {}
         self._counts: dict[tuple[str, int], LiveCounts] = {}
         self._num_steps: dict[tuple[str, int], int] = {}
+        self._is_busy: dict[str, bool] = {}
         self._start_error: GraniteRayError | None = None
         self._num_signs = 0
         self._deaths_in_a_row = 0
@@ -86,10 +89,12 @@ class Journal:
         if journal.is_inside and self._is_node_alive(journal.node_id or ""):
             self._charge(shard_id, journal)
         journal.node_id, journal.is_inside, journal.document = node_id, False, None
+        journal.num_begun += 1
         self._running.add(shard_id)
         deadly = {at for at, deaths in journal.lone_deaths.items() if deaths >= MAX_LONE_DEATHS}
         modes: tuple[Mode, ...] = ("together", "alone", "one_by_one")
-        return Attempt(modes[min(journal.num_deaths, 2)], frozenset(deadly))
+        mode = modes[min(journal.num_deaths, 2)]
+        return Attempt(mode, frozenset(deadly), journal.num_begun)
 
     def _charge(self, shard_id: str, journal: _ShardJournal) -> None:
         journal.num_deaths += 1
@@ -146,6 +151,7 @@ class Journal:
         before = self._counts.get(process)
         if not self._in_engine or (now, num_steps) != (before, self._num_steps.get(process)):
             self._num_signs += 1
+        self._is_busy[replica_id] = num_steps > self._num_steps.get(process, 0)
         self._counts[process], self._num_steps[process] = now, num_steps
         if now.prompt_tokens > (before or LiveCounts()).prompt_tokens:
             self._deaths_in_a_row, self._last_words = 0, ""
@@ -179,7 +185,9 @@ class Journal:
             "num_running": len(self._running),
             "num_in_engine": len(self._in_engine),
             "num_deaths": deaths,
-            "replicas": len({replica_id for replica_id, _ in self._counts}),
+            "num_restarts": len(self._counts) - len(self._is_busy),
+            "replicas": len(self._is_busy),
+            "busy_ratio": sum(self._is_busy.values()) / max(1, len(self._is_busy)),
             "start_error": self._start_error,
         }
 

@@ -10,7 +10,10 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from granite_ray.arguments import add_config_arguments, add_run_arguments, options_of
+from granite_ray.closing import show_error, show_report
 from granite_ray.cluster import stop_ray
+from granite_ray.cluster_commands import add_submit, nightly_parser
 from granite_ray.config import config_schema, load_config
 from granite_ray.errors import ConfigError, GraniteRayError
 from granite_ray.evaluation.files import DEFAULT_FOLDER, write_evaluation
@@ -19,7 +22,7 @@ from granite_ray.evaluation.terminal import terminal_view
 from granite_ray.io.storage import open_storage
 from granite_ray.job import RunOptions, redrive_job, run_job
 from granite_ray.progress import default_console, duration, read_progress
-from granite_ray.report import RunReport, closing_words, read_report
+from granite_ray.report import read_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +35,7 @@ def _call(arguments: argparse.Namespace) -> int:
     try:
         code: int = arguments.command(arguments, console)
     except GraniteRayError as error:
-        words = Text(_kind(error), style="bold red").append(f" {error}", style="not bold default")
-        console.print(words, soft_wrap=True)
+        show_error(error, console)
         return error.exit_code
     return code
 
@@ -61,35 +63,29 @@ def run_pipeline(kind: str, description: str | None) -> int:
     """Run a job of one task kind from a script in pipelines/, and return its exit code."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help=f"YAML file of a {kind} job")
-    _add_run_arguments(parser)
+    add_run_arguments(parser)
     parser.set_defaults(command=_run, kind=kind)
     return _call(parser.parse_args())
 
 
+def run_nightly(description: str | None) -> int:
+    """Run several jobs for one date from pipelines/nightly.py, and return the worst exit code."""
+    return _call(nightly_parser(description).parse_args())
+
+
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.logical_date)
     if arguments.kind not in (None, config.task.kind):
         raise ConfigError(
             f"task.kind is {config.task.kind}, but this pipeline runs {arguments.kind}. Choose a "
             "config of that kind, or use granite-ray run, which runs any."
         )
-    options = RunOptions(
-        limit=arguments.limit,
-        restart=arguments.restart,
-        allow_failed=arguments.allow_failed,
-        allow_vanished=arguments.allow_vanished,
-    )
-    return _close(run_job(config, options, console=console), console)
+    return show_report(run_job(config, options_of(arguments), console=console), console)
 
 
 def _redrive(arguments: argparse.Namespace, console: Console) -> int:
     options = RunOptions(allow_failed=arguments.allow_failed)
-    return _close(redrive_job(arguments.output, options, console=console), console)
-
-
-def _close(report: RunReport, console: Console) -> int:
-    console.print(closing_words(report), soft_wrap=True)
-    return report.exit_code
+    return show_report(redrive_job(arguments.output, options, console=console), console)
 
 
 def _status(arguments: argparse.Namespace, _: Console) -> int:
@@ -138,7 +134,7 @@ def _plan(arguments: argparse.Namespace, _: Console) -> int:
 
 
 def _eval(arguments: argparse.Namespace, console: Console) -> int:
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.logical_date)
     with console.status("measuring"):
         evaluation = evaluate(config, arguments.truth)
     folder = arguments.out or f"{config.sink.path.rstrip('/')}/{DEFAULT_FOLDER}"
@@ -155,17 +151,6 @@ def _schema(_: argparse.Namespace, __: Console) -> int:
     return 0
 
 
-def _kind(error: GraniteRayError) -> str:
-    return {
-        2: "Refused:",
-        5: "Refused:",
-        6: "Busy:",
-        75: "Try again:",
-        130: "Interrupted:",
-        143: "Interrupted:",
-    }.get(error.exit_code, "Stopped:")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="granite-ray",
@@ -176,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run or resume a job")
     run.set_defaults(command=_run, kind=None)
     run.add_argument("config", metavar="CONFIG", help="YAML file of the job")
-    _add_run_arguments(run)
+    add_run_arguments(run)
+
+    add_submit(commands)
 
     plan = commands.add_parser("plan", help="what fits on GPUs of a size, and on how many")
     plan.set_defaults(command=_plan)
@@ -207,39 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--out", metavar="FOLDER", help="where to write it; by default _granite below sink.path"
     )
-    _add_set_argument(evaluation)
+    add_config_arguments(evaluation)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of a config, for editors")
     schema.set_defaults(command=_schema)
     return parser
-
-
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what a run can be asked; the scripts in pipelines/ share them."""
-    _add_set_argument(parser)
-    parser.add_argument("--limit", type=_positive, metavar="N", help="the first N documents only")
-    parser.add_argument("--restart", action="store_true", help="answer every document again")
-    parser.add_argument("--allow-failed", action="store_true", help="end with 0 instead of 3")
-    parser.add_argument(
-        "--allow-vanished", action="store_true", help="accept another source root or vanished files"
-    )
-
-
-def _add_set_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="override one key of the config; may be repeated",
-    )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 if __name__ == "__main__":

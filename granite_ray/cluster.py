@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray._private import auto_init_hook
 
 from granite_ray.config import EngineConfig, JobSection
 from granite_ray.config.load import default_ray_address
@@ -131,6 +132,8 @@ def _start(job: JobSection, engine: EngineConfig) -> None:
     else:
         options["address"] = address
         _check_reachable(address)
+    # A thread of Ray Data that outlives the run would join again, and end the process by exit(1).
+    auto_init_hook.enable_auto_connect = False
     # Ray's C++ side writes to the terminal what only its developers can use.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:

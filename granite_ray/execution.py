@@ -22,7 +22,7 @@ from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
 from granite_ray.ranks import remove_ranks
 from granite_ray.records import ShardPart
-from granite_ray.stages import ShardWork, StageContext, commit, read_and_prepare
+from granite_ray.stages import ShardWork, StageContext, commit, read_and_prepare, write_work
 from granite_ray.workers import ReplicaWorker
 
 MAX_WAVE = 20_000
@@ -43,8 +43,12 @@ CLUSTER_SILENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class CommittedShard:
-    """One shard that is committed now, and the calls made, and repeated, for it in this run."""
+    """One shard that is committed now, and the calls made, and repeated, for it in this run.
 
+    `job` is the place, among those that share the pass, of the job that it is committed for.
+    """
+
+    job: int
     path: str
     record: CommitRecord
     model_calls: int
@@ -60,26 +64,28 @@ class Tick:
 
 
 def stream_shards(
-    work: Sequence[ShardWork],
-    context: StageContext,
+    work: Sequence[Sequence[ShardWork]],
+    contexts: Sequence[StageContext],
     replica: ReplicaResources,
 ) -> Generator[CommittedShard | Tick]:
     """Do the work; yield each shard as it is committed, and a tick at least every second or so.
+
+    `work` says for each shard what the jobs have to do of it; `contexts` has one a job.
 
     Raises:
         GraniteRayError: What a stage raised, as it raised it.
         InfrastructureError: If the cluster falls silent or cannot go on.
     """
     journal = start_journal()
-    watchdog = Watchdog(journal, context.config.job.scheduling_timeout_s)
+    watchdog = Watchdog(journal, contexts[0].config.job.scheduling_timeout_s)
     try:
         for start in range(0, len(work), MAX_WAVE):
-            dataset = build_dataset(work[start : start + MAX_WAVE], context, replica, journal)
+            dataset = build_dataset(work[start : start + MAX_WAVE], contexts, replica, journal)
             try:
                 yield from _watch(_Background(dataset, journal), watchdog)
             finally:
                 if replica.rank_bundle is not None:
-                    remove_ranks(context.run_id)  # or the next wave would find no room
+                    remove_ranks(contexts[0].run_id)  # or the next wave would find no room
     finally:
         close_journal(journal)
 
@@ -105,7 +111,10 @@ def _watch(background: "_Background", watchdog: "Watchdog") -> Iterator[Committe
 
 
 def build_dataset(
-    work: Sequence[ShardWork], context: StageContext, replica: ReplicaResources, journal: Any
+    work: Sequence[Sequence[ShardWork]],
+    contexts: Sequence[StageContext],
+    replica: ReplicaResources,
+    journal: Any,
 ) -> Any:
     """Return the chain of stages over one wave of shards."""
     pool = ray.data.ActorPoolStrategy(
@@ -120,17 +129,17 @@ def build_dataset(
         "zero_copy_batch": True,
     }
     shards = ray.data.from_items(
-        [{"work": item.to_json()} for item in work], override_num_blocks=len(work)
+        [{"work": write_work(works)} for works in work], override_num_blocks=len(work)
     )
     prepared = shards.map_batches(
         cast(Any, read_and_prepare),
-        fn_kwargs={"context": context},
+        fn_kwargs={"contexts": contexts},
         num_cpus=READ_CPUS,
         **whole_block,
     )
     answered = prepared.map_batches(
         ReplicaWorker,
-        fn_constructor_args=(context, journal, replica),
+        fn_constructor_args=(contexts, journal, replica),
         compute=pool,
         num_cpus=replica.num_cpus,
         num_gpus=replica.num_gpus,
@@ -138,7 +147,7 @@ def build_dataset(
     )
     return answered.map_batches(
         cast(Any, commit),
-        fn_kwargs={"context": context, "journal": journal},
+        fn_kwargs={"contexts": contexts, "journal": journal},
         num_cpus=COMMIT_CPUS,
         **whole_block,
     )
@@ -174,9 +183,11 @@ class Watchdog:
         """
         self._last_look = time.monotonic()
         if not self._is_answered():
-            if time.monotonic() - self._last_answer > CLUSTER_SILENCE_S:
+            # The journal's process must start first, which on a busy node takes its time.
+            patience_s = CLUSTER_SILENCE_S if self._state else self._timeout_s
+            if time.monotonic() - self._last_answer > patience_s:
                 raise InfrastructureError(
-                    f"The Ray cluster has not answered for {CLUSTER_SILENCE_S:g} s: its head or "
+                    f"The Ray cluster has not answered for {patience_s:g} s: its head or "
                     "control store is gone. What is committed stays; run again to resume."
                 )
             return self._state
@@ -264,15 +275,9 @@ class _Background:
 
 def _committed(block: Any) -> Iterator[CommittedShard]:
     for row in block.to_pylist():
-        if row["record"] is not None:
-            values = json.loads(row["record"])
-            parts = tuple(ShardPart(**part) for part in values.pop("parts"))
-            yield CommittedShard(
-                row["path"],
-                CommitRecord(parts=parts, **values),
-                row["model_calls"],
-                row["num_retries"],
-            )
+        values = json.loads(row.pop("record"))
+        parts = tuple(ShardPart(**part) for part in values.pop("parts"))
+        yield CommittedShard(record=CommitRecord(parts=parts, **values), **row)
 
 
 def _cause(error: BaseException, watchdog: Watchdog) -> BaseException:

@@ -28,27 +28,37 @@ Mode = Literal["skip", "together", "alone", "one_by_one"]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """How a shard is to be tried now; `deadly` are positions of documents that have failed."""
+    """How a shard is to be tried now; `deadly` are positions of programs that have failed.
+
+    `number` counts the attempts, this one included.
+    """
 
     mode: Mode
     deadly: frozenset[int] = frozenset()
+    number: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is asked of one document: its task, and the engine that answers."""
+
+    document: Document
+    task: Task
+    llm: LLM
 
 
 async def run_programs(
-    documents: Sequence[Document],
-    task: Task,
-    llm: LLM,
-    gate: "ReplicaGate",
-    attempt: Attempt,
-    watch: "ShardWatch",
+    programs: Sequence[Program], gate: "ReplicaGate", attempt: Attempt, watch: "ShardWatch"
 ) -> list[Result]:
-    """Return one result for each document, in their order.
+    """Return one result for each program, in their order.
 
-    A `RowFailure` becomes a failed result. Any other exception cancels the shard's other
-    documents, waits for them, and is raised.
+    Those that ask of the same document stand side by side, so that they begin together and the
+    engine computes the document once. A `RowFailure` becomes a failed result. Any other exception
+    cancels the shard's other programs, waits for them, and is raised.
     """
 
-    async def answer(position: int, document: Document) -> Result:
+    async def answer(position: int, program: Program) -> Result:
+        document = program.document
         if position in attempt.deadly:
             result = _failed(
                 RowError("worker_death", "the document killed its worker twice, alone")
@@ -57,18 +67,18 @@ async def run_programs(
             result = _failed(document.error)
         else:
             async with gate.admit(sum(len(chunk.token_ids) for chunk in document.chunks)):
-                result = await _run_one(document, task, llm)
+                result = await _run_one(program)
         watch.on_result(result)
         return result
 
     async with gate.shared() if attempt.mode == "together" else gate.alone():
         await watch.enter()
         if attempt.mode != "one_by_one":
-            return await _gather([answer(*item) for item in enumerate(documents)])
+            return await _gather([answer(*item) for item in enumerate(programs)])
         results = []
-        for position, document in enumerate(documents):
+        for position, program in enumerate(programs):
             await watch.begin_document(position)
-            results.append(await answer(position, document))
+            results.append(await answer(position, program))
         await watch.begin_document(None)  # the next shard let in may kill the worker at once
         return results
 
@@ -78,7 +88,7 @@ class ShardWatch:
     """Who wants to know how a shard goes on.
 
     `enter` is awaited once the shard has its place in the replica, `begin_document` before a
-    document runs alone, and with None after the last; `on_result` is called for each result.
+    program runs alone, and with None after the last; `on_result` is called for each result.
     """
 
     enter: Callable[[], Awaitable[None]]
@@ -86,12 +96,12 @@ class ShardWatch:
     on_result: Callable[[Result], None]
 
 
-async def _run_one(document: Document, task: Task, llm: LLM) -> Result:
+async def _run_one(program: Program) -> Result:
     try:
-        return await task.run(document, llm)
+        return await program.task.run(program.document, program.llm)
     except RowFailure as failure:  # anything else stops the job
         error = RowError(failure.error_type, failure.message)
-        return _failed(error, num_chunks=len(document.chunks))
+        return _failed(error, num_chunks=len(program.document.chunks))
 
 
 def _failed(error: RowError, num_chunks: int = 0) -> Result:

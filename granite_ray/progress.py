@@ -1,6 +1,7 @@
 """Counts while a job runs → a live line in a terminal (plain lines elsewhere) and progress.json."""
 
 import json
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -22,6 +23,8 @@ PROGRESS_PATH = "_granite/progress.json"
 WRITE_INTERVAL_S = 5.0
 LINE_INTERVAL_S = 10.0
 BAR_WIDTH = 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -49,9 +52,14 @@ class ProgressView:
     Args:
         console: Where to show them; None shows nothing.
         sink: Where `progress.json` goes.
+        run_id: Whose counts they are.
+        label: Stands before each line of counts, where several jobs share a console.
     """
 
-    def __init__(self, console: Console | None, sink: Storage, run_id: str) -> None:
+    def __init__(
+        self, console: Console | None, sink: Storage, run_id: str, label: str = ""
+    ) -> None:
+        self._label = label
         self._console = console
         self._sink = sink
         self._run_id = run_id
@@ -60,7 +68,7 @@ class ProgressView:
         self._base = 0
         self._beat = 0
         self._is_answering = False
-        self._live = LiveView(console) if console and console.is_terminal else None
+        self._live = LiveView(console) if console and console.is_terminal and not label else None
 
     def say(self, message: str) -> None:
         """Show one line on what goes on now."""
@@ -78,7 +86,7 @@ class ProgressView:
         """Show the counts, and write them down when it is time."""
         if counts.replicas and not self._is_answering:
             self._is_answering = True
-            self.say("answering")
+            self.say(f"{self._label}answering")
         if not self._is_answering:
             self._started = time.monotonic()  # a rate over the start of Ray would say nothing
         done = counts.done
@@ -89,7 +97,7 @@ class ProgressView:
             self._live.show(done, counts.planned, about)
         elif time.monotonic() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = time.monotonic()
-            self._print(f"{done:,} of {counts.planned:,} documents, {about}")
+            self._print(f"{self._label}{done:,} of {counts.planned:,} documents, {about}")
         if time.monotonic() - self._last_write >= WRITE_INTERVAL_S:
             self._write("running", counts, rate, left_s)
 
@@ -111,6 +119,7 @@ class ProgressView:
     def _print(self, line: str) -> None:
         if self._console:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        logger.info("%s", line, extra={"job": self._run_id})
 
     def _write(self, state: str, counts: Counts, rate: float, left_s: float | None) -> None:
         self._last_write = time.monotonic()

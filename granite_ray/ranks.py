@@ -99,8 +99,8 @@ class RankWorker:
         assert self._engine is not None, "not loaded"
         return await self._engine.score(prompt, choices)
 
-    def beat(self) -> int:
-        """Return the steps made so far.
+    def beat(self) -> tuple[int, int]:
+        """Return the steps made, and prompt tokens found computed, so far.
 
         Raises:
             InfrastructureError: If the engine has failed.
@@ -108,7 +108,7 @@ class RankWorker:
         assert self._engine is not None, "not loaded"
         if self._engine.failure is not None:
             raise self._engine.failure
-        return self._engine.num_steps
+        return self._engine.num_steps, self._engine.num_cached_tokens
 
 
 class RankedEngine:
@@ -144,7 +144,7 @@ class RankedEngine:
         self._unsettled: set[Future[Any]] = set()
         self._workers: list[Any] = []
         self.failure: InfrastructureError | None = None
-        self.num_calls = self.num_steps = 0
+        self.num_calls = self.num_steps = self.num_cached_tokens = 0
         actor_id = ray.get_runtime_context().get_actor_id()
         self._name = f"{_prefix(context.run_id)}{actor_id}"
         _remove(self._name)  # that of this actor's process before, which has died
@@ -258,7 +258,8 @@ class RankedEngine:
                 worker.beat.options(concurrency_group="life").remote() for worker in self._workers
             ]
             try:
-                self.num_steps = sum(_wait_for(beats, time.monotonic() + self._rank_timeout_s))
+                told = _wait_for(beats, time.monotonic() + self._rank_timeout_s)
+                self.num_steps, self.num_cached_tokens = map(sum, zip(*told, strict=True))
             except GraniteRayError as error:
                 self._fail(InfrastructureError(f"A rank of the replica was lost: {error}"))
 

@@ -67,6 +67,9 @@ class RunReport:
     failures: Counter[str] = field(default_factory=Counter)
     bad_files: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "completion": 0})
+    engine: dict[str, int] = field(default_factory=dict)
+    """What the engine was asked in this run, by all jobs that shared its pass: prompt tokens, and
+    those of them that it had computed before."""
     seconds: dict[str, float] = field(default_factory=dict)
     worker_deaths: int = 0
     storage_retries: int = 0
@@ -180,6 +183,9 @@ def _facts(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "Shards", f"{shards.planned:,}, {shards.committed:,} committed now"
     tokens = report.tokens
     yield "Tokens", f"{tokens['prompt']:,} in prompts, {tokens['completion']:,} written"
+    if report.engine.get("cached_prompt_tokens"):
+        asked, cached = report.engine["prompt_tokens"], report.engine["cached_prompt_tokens"]
+        yield "", f"{cached:,} of {asked:,} prompt tokens were computed before"
     yield "Model", f"{report.checkpoint}, {report.model_calls:,} calls"
     if report.worker_deaths:
         yield "Workers", f"{report.worker_deaths:,} died and were replaced"

@@ -7,7 +7,7 @@ it, nor merge it with another, nor drop it because it is empty, nor guess its ty
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -24,7 +24,7 @@ from granite_ray.errors import ConfigError
 from granite_ray.io.commit import Generation, commit_shard, file_path
 from granite_ray.io.input_files import check_unchanged
 from granite_ray.io.lease import check_lease
-from granite_ray.io.reuse import join_rows, split_reusable
+from granite_ray.io.reuse import join_rows, number_rows, reusable_rows, rows_to_do
 from granite_ray.io.sinks import CommitRecord, count_rows
 from granite_ray.io.sources import SourceColumns, read_shard
 from granite_ray.io.storage import OpenedStorages, Storage
@@ -55,11 +55,15 @@ class MakeEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ShardWork:
-    """A shard to be done: the revision it becomes, and files whose rows may be taken over."""
+    """A shard that a job has to do: the revision it becomes, files whose rows may be taken over.
+
+    `job` is the job's place among those that share the pass.
+    """
 
     shard: Shard
     revision: int = 0
     reuse: tuple[str, ...] = ()
+    job: int = 0
 
     def to_json(self) -> str:
         """Write it as JSON, for a Ray block."""
@@ -71,12 +75,16 @@ class ShardWork:
         values = json.loads(text)
         parts = tuple(ShardPart(**part) for part in values["shard"]["parts"])
         shard = Shard(values["shard"]["shard_id"], parts)
-        return cls(shard, values["revision"], tuple(values["reuse"]))
+        return cls(shard, values["revision"], tuple(values["reuse"]), values["job"])
 
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """All that the stages need beside the shard itself; it is pickled to every worker."""
+    """All that the stages need for one job beside the shard; it is pickled to every worker.
+
+    Stages get one for each job of the pass, mostly a single one. Jobs that share a pass have the
+    source, the chunks, the checkpoint and the engine in common: there the first speaks for all.
+    """
 
     config: JobConfig
     checkpoint: Checkpoint
@@ -93,21 +101,39 @@ class StageContext:
 # read, prepare ───────────────────────────────────────────────────────────────────────────────────
 
 
-def read_and_prepare(block: pa.Table, context: StageContext) -> pa.Table:
+def read_and_prepare(block: pa.Table, contexts: Sequence[StageContext]) -> pa.Table:
     """Read one shard and cut its documents; split off rows whose answers are there already."""
-    work = ShardWork.from_json(block["work"][0].as_py())
-    storages = OpenedStorages(context.open_storage)
-    source, sink = storages(context.source_root), storages(context.config.sink.path)
-    raw = read_shard(source, work.shard, context.columns, context.config.source)
-    tokenizer = _tokenizer(local_checkpoint(context).tokenizer_path)
-    prepared = prepare_shard(
-        raw.table, tokenizer, context.config.chunking, context.max_chunk_tokens
+    works, shared = read_work(block), contexts[0]
+    storages = OpenedStorages(shared.open_storage)
+    source = storages(shared.source_root)
+    raw = read_shard(source, works[0].shard, shared.columns, shared.config.source)
+    tokenizer = _tokenizer(local_checkpoint(shared).tokenizer_path)
+    prepared = number_rows(
+        prepare_shard(raw.table, tokenizer, shared.config.chunking, shared.max_chunk_tokens)
     )
-    to_do, reused = split_reusable(prepared, sink, work.reuse, context.schema)
+    reused = [
+        reusable_rows(
+            prepared,
+            storages(contexts[work.job].config.sink.path),
+            work.reuse,
+            contexts[work.job].schema,
+        )
+        for work in works
+    ]
     bad_files = json.dumps({bad.path: bad.reason for bad in raw.bad_files})
-    known = [pa.array([work.to_json()]), pa.array([bad_files]), pa.array([storages.num_retries])]
-    columns = [*known, pack(to_do), pack(reused)]
+    known = [block["work"], pa.array([bad_files]), pa.array([storages.num_retries])]
+    columns = [*known, pack([rows_to_do(prepared, reused)]), pack(reused)]
     return pa.table(columns, names=["work", "bad_files", "num_retries", "prepared", "reused"])
+
+
+def write_work(works: Sequence[ShardWork]) -> str:
+    """Write what the jobs of a pass have to do of one shard, for a Ray block."""
+    return json.dumps([work.to_json() for work in works])
+
+
+def read_work(block: pa.Table) -> list[ShardWork]:
+    """Read what `write_work` wrote: one entry for each job that has this shard to do."""
+    return [ShardWork.from_json(text) for text in json.loads(block["work"][0].as_py())]
 
 
 @lru_cache(maxsize=2)
@@ -144,8 +170,8 @@ def task_limits(config: JobConfig, checkpoint: Checkpoint) -> TaskLimits:
 # commit ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
-    """Commit one shard; return its path and commit record, nulls where it was skipped.
+def commit(block: pa.Table, contexts: Sequence[StageContext], journal: Any) -> pa.Table:
+    """Commit one shard for each job; return paths and commit records, none where it was skipped.
 
     Raises:
         InputChangedError: If the input was replaced while it was answered.
@@ -153,16 +179,29 @@ def commit(block: pa.Table, context: StageContext, journal: Any) -> pa.Table:
         StorageError: If the storage fails.
     """
     if not block["answered"][0].is_valid:
-        return _committed(None, None)
-    work = ShardWork.from_json(block["work"][0].as_py())
+        return pa.Table.from_pylist([], schema=COMMITTED)
+    works = read_work(block)
     with _shown_life(journal):
-        committed = _commit(block, work, context)
-    ray.get(journal.end.remote(work.shard.shard_id))
-    return committed
+        committed = [_commit(block, at, contexts[work.job]) for at, work in enumerate(works)]
+    ray.get(journal.end.remote(works[0].shard.shard_id))
+    return pa.Table.from_pylist(committed, schema=COMMITTED)
 
 
-def _commit(block: pa.Table, work: ShardWork, context: StageContext) -> pa.Table:
-    answered, reused = unpack(block["answered"]), unpack(block["reused"])
+COMMITTED = pa.schema(
+    [
+        pa.field("job", pa.int64()),
+        pa.field("path", pa.string()),
+        pa.field("record", pa.string()),
+        pa.field("model_calls", pa.int64()),
+        pa.field("num_retries", pa.int64()),
+    ]
+)
+
+
+def _commit(block: pa.Table, at: int, context: StageContext) -> dict[str, Any]:
+    """Commit the shard for the job that stands at this place in its work."""
+    work = read_work(block)[at]
+    answered, reused = unpack(block["answered"], at), unpack(block["reused"], at)
     rows = join_rows(answered, reused)
     record = CommitRecord(
         shard_id=work.shard.shard_id,
@@ -181,10 +220,14 @@ def _commit(block: pa.Table, work: ShardWork, context: StageContext) -> pa.Table
     check_unchanged(storages(context.source_root), work.shard.parts)
     record = commit_shard(sink, rows, record, tag, partial(check_lease, sink, context.run_id))
     path = file_path(record.shard_id, tag, record.revision)
-    num_retries = block["num_retries"][0].as_py() + storages.num_retries
-    return _committed(
-        path, json.dumps(asdict(record)), block["model_calls"][0].as_py(), num_retries
-    )
+    num_read_retries = block["num_retries"][0].as_py() if at == 0 else 0
+    return {
+        "job": work.job,
+        "path": path,
+        "record": json.dumps(asdict(record)),
+        "model_calls": block["model_calls"][0].as_py()[at],
+        "num_retries": num_read_retries + storages.num_retries,
+    }
 
 
 @contextmanager
@@ -203,33 +246,26 @@ def _shown_life(journal: Any) -> Iterator[None]:
         is_done.set()
 
 
-def _committed(
-    path: str | None, record: str | None, model_calls: int = 0, num_retries: int = 0
-) -> pa.Table:
-    return pa.table(
-        {
-            "path": pa.array([path], pa.string()),
-            "record": pa.array([record], pa.string()),
-            "model_calls": pa.array([model_calls]),
-            "num_retries": pa.array([num_retries]),
-        }
-    )
-
-
 # tables inside a Ray block ───────────────────────────────────────────────────────────────────────
 
 
-def pack(table: pa.Table) -> pa.Array:
-    """Return a table as Arrow IPC in one binary value."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue()
-    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+def pack(tables: Sequence[pa.Table]) -> pa.Array:
+    """Return tables as the one value of a column: a list of Arrow IPC streams."""
+    sink, ends = pa.BufferOutputStream(), [0]
+    for table in tables:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        ends.append(sink.tell())
+    offsets = pa.array(ends, pa.int64()).buffers()[1]
+    values = pa.Array.from_buffers(pa.large_binary(), len(tables), [None, offsets, sink.getvalue()])
+    return pa.LargeListArray.from_arrays(pa.array([0, len(tables)], pa.int64()), values)
 
 
-def unpack(column: pa.ChunkedArray) -> pa.Table:
-    """Return the table in the one value of a column, without a copy."""
-    with pa.ipc.open_stream(column[0].as_buffer()) as reader:
+def unpack(column: pa.ChunkedArray, at: int = 0) -> pa.Table:
+    """Return one of the tables in the one value of a column, without a copy."""
+    values = column.chunk(0).flatten()
+    first = values.offset + at
+    ends = pa.Array.from_buffers(pa.int64(), first + 2, [None, values.buffers()[1]])
+    start, stop = ends[first].as_py(), ends[first + 1].as_py()
+    with pa.ipc.open_stream(values.buffers()[2].slice(start, stop - start)) as reader:
         return reader.read_all()

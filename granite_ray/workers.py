@@ -10,12 +10,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -26,10 +27,12 @@ from granite_ray.engine.factory import Engine
 from granite_ray.errors import GraniteRayError, InfrastructureError
 from granite_ray.io.reuse import POSITION
 from granite_ray.io.sinks import result_table
+from granite_ray.logs import set_up_logging
 from granite_ray.prepare import documents_of
 from granite_ray.programs import (
     Attempt,
     CountingLLM,
+    Program,
     ReplicaGate,
     ShardWatch,
     StallWatch,
@@ -37,7 +40,15 @@ from granite_ray.programs import (
 )
 from granite_ray.ranks import RankedEngine, wait_passively
 from granite_ray.records import Result
-from granite_ray.stages import ShardWork, StageContext, local_checkpoint, pack, task_limits, unpack
+from granite_ray.stages import (
+    ShardWork,
+    StageContext,
+    local_checkpoint,
+    pack,
+    read_work,
+    task_limits,
+    unpack,
+)
 from granite_ray.tasks import make_task
 from granite_ray.tokenizer import load_tokenizer
 
@@ -53,8 +64,12 @@ logger = logging.getLogger(__name__)
 class ReplicaWorker:
     """The actor that holds one replica: shards come in side by side and share the engine."""
 
-    def __init__(self, context: StageContext, journal: Any, resources: ReplicaResources) -> None:
-        self.schema = context.schema
+    def __init__(
+        self, contexts: Sequence[StageContext], journal: Any, resources: ReplicaResources
+    ) -> None:
+        context = contexts[0]
+        self.schemas = [context.schema for context in contexts]
+        self.run_ids = [context.run_id for context in contexts]
         self.journal = journal
         engine = context.config.engine
         step_tokens = engine.expert_parallel_size * engine.max_num_batched_tokens
@@ -62,9 +77,9 @@ class ReplicaWorker:
         self.node_id = ray.get_runtime_context().get_node_id()
         self.replica_id = ray.get_runtime_context().get_actor_id()
         self.counts = LiveCounts()
-        self._report(num_steps=0)  # it has its place; loading may take as long again
+        self._report(0, 0)  # it has its place; loading may take as long again
         try:
-            self._load(context, resources)
+            self._load(contexts, resources)
         except Exception as error:
             own = isinstance(error, GraniteRayError)
             known = error if own else InfrastructureError(f"A replica could not start: {error!r}")
@@ -80,13 +95,15 @@ class ReplicaWorker:
         if isinstance(engine, RankedEngine):
             engine.shutdown()
 
-    def _load(self, context: StageContext, resources: ReplicaResources) -> None:
+    def _load(self, contexts: Sequence[StageContext], resources: ReplicaResources) -> None:
         wait_passively()
-        config, checkpoint = context.config, local_checkpoint(context)
-        self.engine = self._start_engine(context, checkpoint, resources)
+        set_up_logging(contexts[0].config.job)
+        config, checkpoint = contexts[0].config, local_checkpoint(contexts[0])
+        self.engine = self._start_engine(contexts[0], checkpoint, resources)
         self.llm = CountingLLM(self.engine)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         limits = task_limits(config, checkpoint)
-        self.task = make_task(config.task, load_tokenizer(checkpoint.tokenizer_path), limits)
+        self.tasks = [make_task(context.config.task, tokenizer, limits) for context in contexts]
 
     def _start_engine(
         self, context: StageContext, checkpoint: Checkpoint, resources: ReplicaResources
@@ -99,7 +116,8 @@ class ReplicaWorker:
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""
-        shard_id = ShardWork.from_json(block["work"][0].as_py()).shard.shard_id
+        works = read_work(block)
+        shard_id = works[0].shard.shard_id
         try:
             attempt = await self.journal.begin.remote(shard_id, self.node_id)
         except ray.exceptions.RayActorError as error:
@@ -107,45 +125,67 @@ class ReplicaWorker:
         if attempt.mode == "skip":
             yield (
                 block.drop_columns(["prepared"])
-                .append_column("answered", pa.nulls(1, pa.large_binary()))
-                .append_column("model_calls", pa.array([0]))
+                .append_column("answered", pa.nulls(1, pa.large_list(pa.large_binary())))
+                .append_column("model_calls", pa.nulls(1, pa.list_(pa.int64())))
             )
         else:
-            yield await self._answer(block, shard_id, attempt)
+            yield await self._answer(block, works, attempt)
 
-    async def _answer(self, block: pa.Table, shard_id: str, attempt: Attempt) -> pa.Table:
+    async def _answer(
+        self, block: pa.Table, works: Sequence[ShardWork], attempt: Attempt
+    ) -> pa.Table:
         prepared = await asyncio.to_thread(unpack, block["prepared"])
         documents = await asyncio.to_thread(documents_of, prepared)
-        llm = CountingLLM(self.llm)
+        asked = await asyncio.to_thread(_rows_asked, prepared, block, len(works))
+        llms = [CountingLLM(self.llm) for _ in works]
+        # One document's programs side by side: what they have in common is computed once.
+        places = sorted((row, at) for at, rows in enumerate(asked) for row in rows)
+        programs = [
+            Program(documents[row], self.tasks[works[at].job], llms[at]) for row, at in places
+        ]
+        shard_id = works[0].shard.shard_id
+        for work in works:
+            logger.info("shard begins", extra=self._at(work, attempt))
         watch = ShardWatch(
             partial(self.journal.enter.remote, shard_id),
             partial(self.journal.begin_document.remote, shard_id),
             partial(self._count, at_once=attempt.mode == "one_by_one"),
         )
         try:
-            results = await run_programs(documents, self.task, llm, self.gate, attempt, watch)
+            results = await run_programs(programs, self.gate, attempt, watch)
         except InfrastructureError as error:
             await asyncio.to_thread(self._die, error)
+        self._report(self.engine.num_steps, self.engine.num_cached_tokens)
         self.journal.leave.remote(shard_id)
-        rows = await asyncio.to_thread(result_table, prepared, results, self.schema)
-        answered = rows.append_column(POSITION, prepared[POSITION])
+        answered = []
+        for at, rows in enumerate(asked):
+            own = [result for result, place in zip(results, places, strict=True) if place[1] == at]
+            schema = self.schemas[works[at].job]
+            answered.append(await asyncio.to_thread(_answered, prepared, rows, own, schema))
+            counts = {"answered": len(own), "failed": sum(r.error is not None for r in own)}
+            logger.info("shard answered", extra={**self._at(works[at], attempt), "counts": counts})
         return (
             block.drop_columns(["prepared"])
             .append_column("answered", pack(answered))
-            .append_column("model_calls", pa.array([llm.num_calls]))
+            .append_column("model_calls", pa.array([[llm.num_calls for llm in llms]]))
         )
+
+    def _at(self, work: ShardWork, attempt: Attempt) -> dict[str, Any]:
+        """Say in a log line what it is about."""
+        shard_id = work.shard.shard_id
+        return {"job": self.run_ids[work.job], "shard": shard_id, "attempt": attempt.number}
 
     def _count(self, result: Result, *, at_once: bool) -> None:
         """Count a result; `at_once` tells the journal before the next document may end it all."""
         failed = int(result.error is not None)
         self.counts += LiveCounts(1, failed, result.num_prompt_tokens, result.num_completion_tokens)
         if at_once:
-            self._report(self.engine.num_steps)
+            self._report(self.engine.num_steps, self.engine.num_cached_tokens)
 
     def look(self, watch: StallWatch, timeout_s: float) -> None:
         """Show life, also while no shard is here, and end where the engine shows none."""
         num_calls, num_steps = self.llm.num_in_flight, self.engine.num_steps
-        self._report(num_steps)
+        self._report(num_steps, self.engine.num_cached_tokens)
         if watch.look(time.monotonic(), num_calls, num_steps):
             self._die(
                 InfrastructureError(
@@ -156,8 +196,9 @@ class ReplicaWorker:
         if isinstance(self.engine, RankedEngine) and self.engine.failure is not None:
             self._die(self.engine.failure)
 
-    def _report(self, num_steps: int) -> None:
-        self.journal.report.remote(self.replica_id, os.getpid(), asdict(self.counts), num_steps)
+    def _report(self, num_steps: int, num_cached_tokens: int) -> None:
+        counts = asdict(replace(self.counts, cached_tokens=num_cached_tokens))
+        self.journal.report.remote(self.replica_id, os.getpid(), counts, num_steps)
 
     def _die(self, error: InfrastructureError) -> NoReturn:
         """End this process, whose engine is broken: Ray replaces it, the journal counts the death.
@@ -183,3 +224,21 @@ def _watch(find: Callable[[], ReplicaWorker | None], timeout_s: float) -> None:
             return
         worker.look(watch, timeout_s)
         del worker
+
+
+def _rows_asked(prepared: pa.Table, block: pa.Table, num_jobs: int) -> list[list[int]]:
+    """Return for each job the rows of `prepared` that it has no answer for yet."""
+    positions = prepared[POSITION].to_pylist()
+    reused = [set(unpack(block["reused"], at)[POSITION].to_pylist()) for at in range(num_jobs)]
+    return [[row for row, at in enumerate(positions) if at not in done] for done in reused]
+
+
+def _answered(
+    prepared: pa.Table, rows: Sequence[int], results: Sequence[Result], schema: pa.Schema
+) -> pa.Table:
+    if len(rows) < prepared.num_rows:
+        is_asked = np.zeros(prepared.num_rows, dtype=bool)
+        is_asked[list(rows)] = True
+        prepared = prepared.filter(pa.array(is_asked))
+    table = result_table(prepared, results, schema)
+    return table.append_column(POSITION, prepared[POSITION])

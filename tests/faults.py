@@ -129,6 +129,10 @@ class _ReplacingEngine:
     def num_steps(self) -> int:
         return self._inner.num_steps
 
+    @property
+    def num_cached_tokens(self) -> int:
+        return self._inner.num_cached_tokens
+
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
     ) -> Completion:
@@ -149,6 +153,10 @@ class TracedEngine:
     @property
     def num_steps(self) -> int:
         return self._inner.num_steps
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self._inner.num_cached_tokens
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None

@@ -49,7 +49,7 @@ class HangingEngines:
 class HangingEngine:
     """An engine that answers no call, and makes no step."""
 
-    num_calls = num_steps = 0
+    num_calls = num_steps = num_cached_tokens = 0
 
     def __init__(self, inner: Engine, how: Way) -> None:
         self._how = how

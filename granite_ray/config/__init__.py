@@ -3,7 +3,7 @@
 Everything that can be wrong with a config is found here, before the first process starts.
 """
 
-from granite_ray.config.load import config_schema, load_config, parse_config
+from granite_ray.config.load import config_schema, load_config, parse_config, write_config
 from granite_ray.config.sections import (
     ChunkingConfig,
     EngineConfig,
@@ -43,4 +43,5 @@ __all__ = [
     "config_schema",
     "load_config",
     "parse_config",
+    "write_config",
 ]

@@ -6,6 +6,7 @@ This is one of the two modules that read environment variables.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,21 @@ from granite_ray.config.sections import JobConfig
 from granite_ray.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
-VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)(?::-((?:\{date\}|[^}])*))?\}")
+"""`${NAME}` and `${NAME:-default}`; one more dollar in front, and it stays as it is, less one."""
+DATE_PLACE = "{date}"
+"""What the logical date takes the place of in `source.path` and `sink.path`."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), logical_date: date | None = None
+) -> JobConfig:
     """Read one YAML file, apply `section.key=value` overrides, and check everything.
 
     Args:
         path: The YAML file. Files that it names are looked for in its folder.
         overrides: As given to `--set`; values are YAML.
+        logical_date: The day that the job is for: `{date}` in `source.path` and `sink.path`.
 
     Raises:
         ConfigError: Naming the field, the value and the way out.
@@ -41,20 +48,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(f"Config {path} must be a mapping of sections such as source and task.")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, path.parent)
+    return parse_config(values, path.parent, logical_date)
 
 
-def parse_config(values: Mapping[str, Any], base_folder: Path = Path()) -> JobConfig:
-    """Turn plain data into a `JobConfig`; `${ENV}` in its strings is filled in.
+def parse_config(
+    values: Mapping[str, Any], base_folder: Path = Path(), logical_date: date | None = None
+) -> JobConfig:
+    """Turn plain data into a `JobConfig`; `${ENV}` and `{date}` in its strings are filled in.
 
     Raises:
         ConfigError: Naming the field, the value and the way out.
     """
     filled = _fill_variables(dict(values), "")
     try:
-        return JobConfig.model_validate(filled, context={"base_folder": base_folder})
+        config = JobConfig.model_validate(filled, context={"base_folder": base_folder})
     except ValidationError as error:
         raise ConfigError(_describe(error)) from error
+    return _at_date(config, logical_date)
+
+
+def write_config(config: JobConfig) -> str:
+    """Return a loaded config as the YAML that `load_config` reads back as the same.
+
+    It names no file and no variable: another machine needs nothing else to read it.
+    """
+    text = yaml.dump(_escaped(config.dump()), Dumper=_Dumper, allow_unicode=True, sort_keys=False)
+    if len(text.encode()) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"The config with the files that it names has {len(text.encode()):,} bytes; at most "
+            f"{MAX_CONFIG_BYTES:,} can be handed to a cluster. Shorten task.schema or "
+            "task.examples."
+        )
+    return text
 
 
 def config_schema() -> dict[str, Any]:
@@ -83,6 +108,51 @@ class _Loader(yaml.SafeLoader):
                 line = node.start_mark.line + 1
                 raise yaml.YAMLError(f"key {key!r} stands twice in the mapping at line {line}")
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no aliases, which `_Loader` refuses."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
+
+
+def _at_date(config: JobConfig, logical_date: date | None) -> JobConfig:
+    """Put the logical date into the paths that have a place for it."""
+    source, sink = config.source, config.sink
+    is_source_dated = any(DATE_PLACE in path for path in source.path)
+    is_sink_dated = DATE_PLACE in sink.path
+    if not (is_source_dated or is_sink_dated):
+        return config
+    if not is_sink_dated:
+        raise ConfigError(
+            f"source.path {list(source.path)} has {DATE_PLACE} and sink.path {sink.path!r} has "
+            f"none: each date would replace the results of the one before. Put {DATE_PLACE} into "
+            "sink.path too."
+        )
+    if logical_date is None:
+        raise ConfigError(
+            f"sink.path {sink.path!r} has {DATE_PLACE}, and no date is given. Add --logical-date "
+            "YYYY-MM-DD."
+        )
+    day = logical_date.isoformat()
+    paths = tuple(path.replace(DATE_PLACE, day) for path in source.path)
+    sink_path = sink.path.replace(DATE_PLACE, day)
+    return config.model_copy(
+        update={
+            "source": source.model_copy(update={"path": paths}),
+            "sink": sink.model_copy(update={"path": sink_path}),
+        }
+    )
+
+
+def _escaped(value: Any) -> Any:
+    """Double the dollar of what looks like a variable, so that it is read back as it is."""
+    if isinstance(value, dict):
+        return {key: _escaped(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_escaped(below) for below in value]
+    return VARIABLE.sub(lambda match: f"${match[0]}", value) if isinstance(value, str) else value
 
 
 def _parse_yaml(text: bytes | str, where: str) -> Any:
@@ -115,11 +185,14 @@ def _fill_variables(value: Any, field: str) -> Any:
         return value
 
     def fill(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
+        dollars, name, default = match.groups()
+        if len(dollars) > 1:
+            return match[0][1:]
+        found = os.environ.get(name, default)
         if found is None:
             raise ConfigError(
-                f"{field.lstrip('.')} uses ${{{match[1]}}}, which is not set in the environment. "
-                f"Set it, or write ${{{match[1]}:-default}}."
+                f"{field.lstrip('.')} uses ${{{name}}}, which is not set in the environment. "
+                f"Set it, or write ${{{name}:-default}}; $${{{name}}} stays ${{{name}}}."
             )
         return found
 

@@ -190,6 +190,9 @@ class JobSection(Section):
     """Seconds that shards in flight get to finish after SIGTERM or SIGINT."""
     scheduling_timeout_s: float = Field(default=300.0, gt=0)
     """Seconds to wait for resources, for a replica to load, and for any one step of its engine."""
+    log_format: Literal["text", "json"] = "text"
+    """`json` writes log lines as JSON objects with job, shard and attempt, never any text of a
+    document; a run then shows no live view."""
     ray_address: str | None = None
     """Ray cluster to join, such as `auto`; without it RAY_ADDRESS, else a local Ray for the job."""
 

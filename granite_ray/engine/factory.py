@@ -27,6 +27,11 @@ class Engine(LLM, Protocol):
         """Grows while the engine gets on with a call: calls in flight, no growth: it hangs."""
         ...
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens, of all calls so far, that were found computed."""
+        ...
+
     def shutdown(self) -> None:
         """End within a bounded time; whoever waits, and later calls, get InfrastructureError."""
         ...

@@ -47,6 +47,7 @@ class FakeEngine:
         self.num_calls = 0
         self.num_steps = 0
         self.failure: InfrastructureError | None = None
+        self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._tokens_per_s = tokens_per_s

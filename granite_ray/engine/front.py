@@ -41,6 +41,11 @@ class Core(Protocol):
         ...
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens so far that were found computed."""
+        ...
+
+    @property
     def has_work(self) -> bool:
         """Whether a request that was added is not settled yet."""
         ...
@@ -86,6 +91,11 @@ class EngineFront:
     def num_steps(self) -> int:
         """Grows while the engine gets on with a call."""
         return self._core.num_steps
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens, of all calls so far, that were found computed."""
+        return self._core.num_cached_tokens
 
     async def generate(
         self,

@@ -27,6 +27,11 @@ class LockstepCore:
         return self._core.num_steps
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens so far that were found in the cache."""
+        return self._core.num_cached_tokens
+
+    @property
     def has_work(self) -> bool:
         """Always: others may have."""
         return True

@@ -155,6 +155,11 @@ class NativeCore:
         return self._runner.num_steps
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens so far that were found in the cache."""
+        return self._scheduler.num_cached_tokens
+
+    @property
     def has_work(self) -> bool:
         """Whether a sequence is not finished."""
         return self._scheduler.has_work

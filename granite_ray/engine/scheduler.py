@@ -46,6 +46,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both lists: highest precedence first
         self._running: list[Sequence] = []
         self._num_overtakes = 0
+        self.num_cached_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -170,6 +171,7 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_cached_tokens += min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
         self._num_overtakes += sequence.is_interactive
 
     def _promote(self, step: "_Step") -> None:

@@ -19,22 +19,22 @@ POSITION = "position"
 TAKEN_ANEW = ("document_id", "source_file", "source_row")
 
 
-def split_reusable(
+def number_rows(prepared: pa.Table) -> pa.Table:
+    """Add the column `position`: where each prepared document stands in its shard."""
+    return prepared.append_column(POSITION, pa.array(np.arange(prepared.num_rows, dtype=np.int64)))
+
+
+def reusable_rows(
     prepared: pa.Table, sink: Storage, paths: Sequence[str], schema: pa.Schema
-) -> tuple[pa.Table, pa.Table]:
-    """Split a prepared shard into documents to be answered and rows that are answered already.
+) -> pa.Table:
+    """Return the rows of a prepared shard that are answered already, with their `position`.
 
     Args:
-        prepared: Prepared documents with their kept columns.
+        prepared: Numbered documents with their kept columns.
         sink: Where the committed files are.
         paths: Files of the same fingerprint whose `ok` rows may be taken over.
         schema: The output schema.
-
-    Returns:
-        Rows of `prepared`, and rows of `schema`; both with a column `position`.
     """
-    positions = np.arange(prepared.num_rows, dtype=np.int64)
-    prepared = prepared.append_column(POSITION, pa.array(positions))
     old = _ok_rows(sink, paths, schema)
     matches = pc.index_in(prepared["content_hash"], old["content_hash"].combine_chunks())
     is_reused = pc.and_(pc.is_valid(matches), pc.is_null(prepared["error_type"]))
@@ -43,7 +43,16 @@ def split_reusable(
     for index, field in enumerate(schema):
         if field.name in TAKEN_ANEW or field.name in _kept_names(prepared, schema):
             rows = rows.set_column(index, field, fresh[field.name].cast(field.type))
-    return prepared.filter(pc.invert(is_reused)), rows
+    return rows
+
+
+def rows_to_do(prepared: pa.Table, reused: Sequence[pa.Table]) -> pa.Table:
+    """Return the numbered documents that some job has to answer: not reused by every one."""
+    positions = [set(rows[POSITION].to_pylist()) for rows in reused]
+    done = set.intersection(*positions)
+    if not done:
+        return prepared
+    return prepared.filter([at not in done for at in prepared[POSITION].to_pylist()])
 
 
 def join_rows(answered: pa.Table, reused: pa.Table) -> pa.Table:

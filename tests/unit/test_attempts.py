@@ -16,6 +16,7 @@ def counts(
         "failed": failed,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
+        "cached_tokens": 0,
     }
 
 

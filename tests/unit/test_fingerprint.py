@@ -76,6 +76,7 @@ CHANGES_NO_ANSWER: dict[str, Any] = {
     "job.grace_s": 5.0,
     "job.scheduling_timeout_s": 5.0,
     "job.ray_address": "auto",
+    "job.log_format": "json",
 }
 TASK_CHANGES: dict[str, Any] = {
     "instruction": "Other",

@@ -28,7 +28,7 @@ from granite_ray.io.commit import (
 )
 from granite_ray.io.lease import LEASE_PATH
 from granite_ray.io.results import read_results
-from granite_ray.io.reuse import join_rows, split_reusable
+from granite_ray.io.reuse import join_rows, number_rows, reusable_rows, rows_to_do
 from granite_ray.io.sinks import CommitRecord, count_rows, read_commit_record, result_table
 from granite_ray.output import HeldOutput, hold_output
 from granite_ray.planning import InputPlan
@@ -151,8 +151,9 @@ class World:
             output.complete(files, plan.root)
 
     def _commit(self, work: ShardWork, output: HeldOutput, sink: Any, night: Night) -> SnapshotFile:
-        prepared = prepare(work.shard, self.corpus)
-        to_do, reused = split_reusable(prepared, sink, work.reuse, SCHEMA)
+        prepared = number_rows(prepare(work.shard, self.corpus))
+        reused = reusable_rows(prepared, sink, work.reuse, SCHEMA)
+        to_do = rows_to_do(prepared, [reused])
         self.num_calls += to_do.num_rows
         results = [answer(text, night.is_bad_day) for text in to_do["text"].to_pylist()]
         answered = result_table(to_do, results, SCHEMA).append_column("position", to_do["position"])

@@ -14,6 +14,7 @@ from granite_ray.errors import InfrastructureError, RowFailure
 from granite_ray.programs import (
     Attempt,
     CountingLLM,
+    Program,
     ReplicaGate,
     ShardWatch,
     StallWatch,
@@ -313,6 +314,10 @@ class Silent:
         return len(text)
 
 
+def asked(shard: list[Document], task: Scripted) -> list[Program]:
+    return [Program(document, task, Silent()) for document in shard]
+
+
 def answers(results: list[Result]) -> list[Any]:
     return [
         result.error.error_type if result.error else result.values["answer"] for result in results
@@ -323,7 +328,7 @@ def run_shard(
     texts: list[Document], attempt: Attempt = TOGETHER
 ) -> tuple[list[Result], Scripted, Journaled]:
     task, told = Scripted(), Journaled()
-    results = run(run_programs(texts, task, Silent(), ReplicaGate(400), attempt, told.watch))
+    results = run(run_programs(asked(texts, task), ReplicaGate(400), attempt, told.watch))
     return results, task, told
 
 
@@ -364,7 +369,7 @@ def test_a_broken_machine_cancels_the_others_awaits_them_and_frees_the_replica(m
         shard = documents("hang a", "break b", "hang c")
         before = asyncio.all_tasks()
         with pytest.raises(InfrastructureError, match="b broke the engine"):
-            await run_programs(shard, task, Silent(), gate, Attempt(mode), Journaled().watch)
+            await run_programs(asked(shard, task), gate, Attempt(mode), Journaled().watch)
         left = len(asyncio.all_tasks() - before)
         async with gate.alone(), gate.admit(10**9):
             return task, left
@@ -379,7 +384,7 @@ def test_a_cancelled_shard_takes_its_documents_along_and_frees_the_replica() -> 
         task, gate = Scripted(), ReplicaGate(400)
         shard = documents("hang a", "hang b")
         running = asyncio.create_task(
-            run_programs(shard, task, Silent(), gate, TOGETHER, Journaled().watch)
+            run_programs(asked(shard, task), gate, TOGETHER, Journaled().watch)
         )
         await settle()
         running.cancel()
@@ -397,9 +402,7 @@ def test_a_shard_tells_that_it_entered_only_when_it_has_its_place() -> None:
         other = Visit(gate.shared(), log, "other")
         await settle()
         waiting = asyncio.create_task(
-            run_programs(
-                documents("say a"), Scripted(), Silent(), gate, Attempt("alone"), told.watch
-            )
+            run_programs(asked(documents("say a"), Scripted()), gate, Attempt("alone"), told.watch)
         )
         await settle()
         before = list(told.events)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from granite_ray import run_job
@@ -15,7 +16,7 @@ from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.factory import Engine, make_engine
 from granite_ray.errors import InfrastructureError
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams, Shard, ShardPart
-from granite_ray.stages import ShardWork
+from granite_ray.stages import ShardWork, pack, read_work, unpack, write_work
 from tests.corpus import make_config, write_corpus
 from tests.invariants import check_output
 
@@ -53,7 +54,7 @@ class BreakingEngines:
 class BrokenEngine:
     """An engine that is dead while its process lives."""
 
-    num_calls = num_steps = 0
+    num_calls = num_steps = num_cached_tokens = 0
 
     def __init__(self, inner: Engine) -> None:
         self._inner = inner
@@ -119,5 +120,18 @@ def test_openmp_itself_says_that_its_threads_wait_passively() -> None:
 
 def test_work_travels_as_json_without_loss() -> None:
     parts = (ShardPart("a/b.parquet", '"etag"', 5, 10), ShardPart("ü.jsonl", "7-8", 0, None, 99))
-    for work in (ShardWork(Shard("s", parts), 3, ("results/x",)), ShardWork(Shard("s", ()))):
-        assert ShardWork.from_json(work.to_json()) == work
+    works = [ShardWork(Shard("s", parts), 3, ("results/x",)), ShardWork(Shard("s", parts), job=2)]
+    assert read_work(pa.table({"work": [write_work(works)]})) == works
+    assert read_work(pa.table({"work": [write_work(works[1:])]})) == works[1:]
+
+
+def test_tables_travel_packed_without_loss_or_copy() -> None:
+    tables = [pa.table({"n": [1, 2]}), pa.table({"text": ["a", None, "ü"]}), pa.table({"n": [3]})]
+    for several in (tables, tables[:1]):
+        block = pa.table([pack(several)], names=["packed"])
+        assert block.num_rows == 1
+        found = [unpack(block["packed"], at) for at in range(len(several))]
+        assert found == several
+    inside = block["packed"].chunks[0].values.buffers()[2]
+    place = unpack(block["packed"])["n"].chunks[0].buffers()[1].address
+    assert inside.address <= place < inside.address + inside.size

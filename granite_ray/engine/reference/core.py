@@ -57,6 +57,7 @@ class ReferenceCore:
         self, model: Any, tokenizer: Tokenizer, grammars: GrammarCompiler, config: EngineConfig
     ) -> None:
         self.num_steps = 0
+        self.num_cached_tokens = 0  # every prompt is computed from its start
         for layer in model.model.layers:  # a whole forward pass may take minutes on a CPU
             layer.register_forward_pre_hook(self._count_step)
         self._model = model

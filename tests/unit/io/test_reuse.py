@@ -1,5 +1,6 @@
 """Rows whose answers still hold are taken over, and the shard keeps the order of its input."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granite_ray.io.commit import commit_shard, file_path
-from granite_ray.io.reuse import POSITION, join_rows, split_reusable
+from granite_ray.io.reuse import POSITION, join_rows, number_rows, reusable_rows, rows_to_do
 from granite_ray.io.sinks import CommitRecord, count_rows, result_table
 from granite_ray.records import Result, RowError, ShardPart, output_schema, prepared_schema
 from tests.faulty_storage import MemoryStorage
@@ -54,10 +55,18 @@ def commit(storage: MemoryStorage, prepared: pa.Table, failed: tuple[int, ...] =
     return file_path(name, TAG, 0)
 
 
+def split_tables(
+    storage: MemoryStorage, prepared: pa.Table, paths: Sequence[str]
+) -> tuple[pa.Table, pa.Table]:
+    numbered = number_rows(prepared)
+    reused = reusable_rows(numbered, storage, paths, SCHEMA)
+    return rows_to_do(numbered, [reused]), reused
+
+
 def split(
     storage: MemoryStorage, prepared: pa.Table, *paths: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    to_do, reused = split_reusable(prepared, storage, paths, SCHEMA)
+    to_do, reused = split_tables(storage, prepared, paths)
     assert reused.schema.names == [*SCHEMA.names, POSITION]
     return to_do.to_pylist(), reused.to_pylist()
 
@@ -107,7 +116,7 @@ def test_split_and_joined_a_shard_has_each_document_once_in_order(
 ) -> None:
     storage = MemoryStorage()
     paths = [commit(storage, prepare(item, f"old{at}")) for at, item in enumerate(old)]
-    to_do, reused = split_reusable(prepare(new), storage, paths, SCHEMA)
+    to_do, reused = split_tables(storage, prepare(new), paths)
     results = [Result({"answer": f"answer to {text}"}) for text in to_do["text"].to_pylist()]
     answered = result_table(to_do, results, SCHEMA).append_column(POSITION, to_do[POSITION])
     rows = join_rows(answered, reused)
