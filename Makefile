@@ -39,16 +39,21 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# Two locks: all that the tests need, and what the image in deploy/ needs.
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv/torch.txt
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-	  --generate-hashes --constraint .venv/torch.txt --no-header --no-annotate --quiet \
-	  -o .venv/all.lock
-	@$(BIN)/python -c "import re, pathlib; \
-	  parts = re.split(r'(?m)^(?=[a-z0-9])', pathlib.Path('.venv/all.lock').read_text()); \
-	  out = re.compile(r'(torch|triton|nvidia-|cuda-)'); \
-	  pathlib.Path('requirements.lock').write_text('# Made by make lock; torch and what only it needs are left out.\n' + ''.join(p for p in parts if not out.match(p)))"
+	$(call LOCK,--extra dev,requirements.lock)
+	$(call LOCK,,deploy/requirements.lock)
+
+define LOCK
+$(BIN)/uv pip compile pyproject.toml $(1) --universal --python-version 3.11 \
+  --generate-hashes --constraint .venv/torch.txt --no-header --no-annotate --quiet -o .venv/all.lock
+@$(BIN)/python -c "import re, pathlib; \
+  parts = re.split(r'(?m)^(?=[a-z0-9])', pathlib.Path('.venv/all.lock').read_text()); \
+  out = re.compile(r'(torch|triton|nvidia-|cuda-)'); \
+  pathlib.Path('$(2)').write_text('# Made by make lock; torch and what only it needs are left out.\n' + ''.join(p for p in parts if not out.match(p)))"
+endef
 
 clean:
 	rm -rf .venv build *.egg-info out
