@@ -63,3 +63,24 @@ def test_a_run_without_its_head_ends_in_time_and_another_cluster_resumes_it(
         assert run.wait(200) == 0, run.output()
     check_output(sink, NUM_DOCUMENTS)
     assert report_of(sink)["shards"]["reused"] == num_committed
+
+
+def test_a_job_spreads_over_its_nodes_while_one_comes_and_one_goes(tmp_path: Path) -> None:
+    source, sink, trace = write_corpus(tmp_path / "in"), tmp_path / "out", tmp_path / "trace"
+    trace.mkdir()
+    engines = TracedEngines(str(trace))
+    slow = {"fake_tokens_per_s": 300, "num_replicas": 4}
+    job = {"config": job_values(source, sink, engine=slow), "trace": str(trace)}
+    with (
+        loopback_cluster(2, 2, 2) as cluster,
+        driver(tmp_path / "driver", job, cluster.address) as run,
+    ):
+        wait_until(lambda: len(engines.replicas()) == 4 and result_files(sink), run)
+        places = {cluster.node_of(pid) for pid, _ in engines.replicas()}
+        assert {1, 2} <= places, "the replicas are spread over the nodes"
+        added = cluster.start_node(2)
+        cluster.kill(1, "raylet")
+        wait_until(lambda: added in {cluster.node_of(pid) for pid, _ in engines.replicas()}, run)
+        assert run.wait(400) == 0, run.output()
+    check_output(sink, NUM_DOCUMENTS)
+    assert report_of(sink)["worker_deaths"] == 0, "no document is blamed"

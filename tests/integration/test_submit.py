@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from tests.corpus import job_values, write_corpus, write_file
 from tests.faults import result_files, wait_until
 from tests.heads import RAY, SCRIPT, Head, ray_head
 from tests.invariants import check_output, report_of, rows_of
+from tests.unit.io.faulty_server import FaultyServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -24,8 +26,22 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with ray_head("127.0.0.30") as started:
+def server() -> Iterator[FaultyServer]:
+    server = FaultyServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def head(server: FaultyServer) -> Iterator[Head]:
+    known = {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with ray_head("127.0.0.30", **known) as started:
         yield started
 
 
@@ -182,6 +198,48 @@ def test_a_wrong_token_and_a_wrong_address_are_told_apart(head: Head, tmp_path: 
     nowhere = replace(head, dashboard="http://127.0.0.30:9").submit(job)
     assert nowhere.returncode == 75, nowhere.stderr
     assert "No Ray answers at --address http://127.0.0.30:9" in nowhere.stderr
+
+
+@pytest.mark.slow
+def test_from_bucket_to_bucket_with_credentials_that_the_cluster_alone_has(
+    head: Head, server: FaultyServer, tmp_path: Path
+) -> None:
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+    s3 = boto3.client("s3", endpoint_url=server.url, region_name="us-east-1", **keys)
+    s3.create_bucket(Bucket="jobs")
+    write_job(tmp_path)
+    for path in (tmp_path / "in").iterdir():
+        s3.put_object(Bucket="jobs", Key=f"in/2026-11-21/{path.name}", Body=path.read_bytes())
+    job = tmp_path / "s3.yaml"
+    values = job_values("s3://jobs/in/{date}", "s3://jobs/out/{date}")
+    job.write_text(yaml.safe_dump(values))
+    without = {k: v for k, v in head.environment.items() if not k.startswith("AWS_")}
+    submitter = replace(head, environment=without)
+    ended = submitter.submit(job, "--follow", "--logical-date", "2026-11-21")
+    assert ended.returncode == 3, ended.stderr
+    prefix = "out/2026-11-21/"
+    data = s3.get_object(Bucket="jobs", Key=f"{prefix}_SUCCESS.json")["Body"].read()
+    totals = json.loads(data)["totals"]
+    assert (totals["num_ok"], totals["num_failed"]) == (40, 2)
+    listed = {f"{prefix}{file['path']}" for file in json.loads(data)["files"]}
+    found = s3.list_objects_v2(Bucket="jobs", Prefix=f"{prefix}results/")["Contents"]
+    assert {entry["Key"] for entry in found} == listed
+    for details in runtime_environments(head):
+        assert not any("AWS" in name for name in details)
+    s3.close()
+
+
+def runtime_environments(head: Head) -> list[dict[str, str]]:
+    """The variables of every job, as the dashboard shows them to whoever may look."""
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    request = urllib.request.Request(
+        f"{head.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        jobs = json.load(answer)
+    found = [(job["runtime_env"] or {}).get("env_vars", {}) for job in jobs]
+    assert any("RAY_JOB_STOP_WAIT_TIME_S" in variables for variables in found)
+    return found
 
 
 CANARY = "canary-of-a-document"
