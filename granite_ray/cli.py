@@ -128,7 +128,7 @@ def _report_words(report: dict[str, Any]) -> str:
 def _plan(arguments: argparse.Namespace, _: Console) -> int:
     from granite_ray.preflight import plan_view  # loads torch
 
-    config = load_config(arguments.config, arguments.set)
+    config = load_config(arguments.config, arguments.set, arguments.logical_date)
     Console().print(plan_view(config, arguments.gpu_gib))
     return 0
 
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-gib", type=float, default=80.0, metavar="GIB", help="memory of one GPU (80)"
     )
-    _add_set_argument(plan)
+    add_config_arguments(plan)
 
     redrive = commands.add_parser("redrive", help="run the failed rows of an output again")
     redrive.set_defaults(command=_redrive)

@@ -6,7 +6,6 @@ driver looks at the journal while the stream runs and gives up with a message th
 
 import json
 import queue
-import re
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from granite_ray.cluster import ReplicaResources
 from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
 from granite_ray.ranks import remove_ranks
+from granite_ray.ray_errors import own_error
 from granite_ray.records import ShardPart
 from granite_ray.stages import ShardWork, StageContext, commit, read_and_prepare, write_work
 from granite_ray.workers import ReplicaWorker
@@ -34,8 +34,6 @@ COMMIT_CPUS = 0.25
 """Unlike a replica's, or Ray Data would fuse reading into the replica's actor."""
 STOP_S = 10.0
 TICK_S = 0.5
-RAY_ADVICE = re.compile(r"\nFailed to [^\n]* after \d+/\d+ attempts .*", re.DOTALL)
-"""What Ray Data adds to the words of every error: how to make it try again."""
 ANSWER_S = 5.0
 CLUSTER_SILENCE_S = 30.0
 """How long the cluster may not answer. Ray itself ends the process after 60 s without its head."""
@@ -287,20 +285,3 @@ def _cause(error: BaseException, watchdog: Watchdog) -> BaseException:
         if start_error is not None:
             return start_error
     return own_error(error)
-
-
-def own_error(error: BaseException) -> BaseException:
-    """Return what a stage raised, out of what Ray made of it; what Ray itself raised is no bug."""
-    while isinstance(error, ray.exceptions.RayTaskError):
-        error = error.cause
-    if isinstance(error, ray.exceptions.RayError):
-        return InfrastructureError(f"Ray could not go on: {first_line(error)}")
-    if error.args and isinstance(error.args[0], str):
-        error.args = (RAY_ADVICE.sub("", error.args[0]), *error.args[1:])
-    return error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a message, without the colors that Ray writes into it."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return plain.partition("\n")[0] or type(error).__name__

@@ -26,8 +26,9 @@ from granite_ray.errors import (
     LeaseError,
     StorageError,
 )
-from granite_ray.execution import Watchdog, first_line, own_error
+from granite_ray.execution import Watchdog
 from granite_ray.io.storage import Storage, open_storage
+from granite_ray.ray_errors import first_line, own_error
 from tests.corpus import make_config, write_corpus
 from tests.invariants import report_of
 
