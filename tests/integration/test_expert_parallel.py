@@ -15,7 +15,7 @@ import ray
 import yaml
 
 from granite_ray import run_job
-from granite_ray.errors import InfrastructureError
+from granite_ray.errors import ConfigError, InfrastructureError
 from tests.clusters import LoopbackCluster, loopback_cluster
 from tests.corpus import job_values, make_config, write_corpus
 from tests.faults import TracedRanks, driver, result_files, wait_until
@@ -87,6 +87,18 @@ def test_rows_are_those_of_replicas_of_one_rank(
     assert len({row["summary"] for row in found[1]}) == 25
     assert [rank.rank for rank in sorted(trace.ranks(), key=lambda rank: rank.rank)] == [0, 1]
     check_nothing_is_left(trace)
+
+
+def test_more_ranks_than_the_checkpoint_has_experts_are_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    source = write_corpus(tmp_path / "in", num_files=1, rows_per_file=1)
+    engine = {"backend": "native", "expert_parallel_size": 9}
+    config = make_config(source, tmp_path / "out", engine=engine)
+    with pytest.raises(ConfigError, match=r"size is 9, .* has 8 experts .* at most 8") as stop:
+        run_job(config)
+    assert stop.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 # faults ──────────────────────────────────────────────────────────────────────────────────────────
