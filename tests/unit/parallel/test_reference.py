@@ -36,9 +36,7 @@ def compute_theirs(place: RankPlace, path: str) -> torch.Tensor:
     store = dist.TCPStore(*place.meeting, is_master=False, timeout=timedelta(seconds=PATIENCE_S))
     os.environ |= {"MASTER_ADDR": place.meeting[0], "MASTER_PORT": str(place.meeting[1])}
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size)
-    how = DistributedConfig(
-        tp_size=place.size, ep_size=place.size, tp_plan={}, ep_implementation="all_to_all"
-    )
+    how = DistributedConfig(tp_size=place.size, ep_size=place.size, ep_implementation="all_to_all")
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, distributed_config=how, attn_implementation="eager"
     ).eval()
