@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.attention.varlen import varlen_attn_out
 
-from granite_ray.model.attention import AttentionPlan
-from granite_ray.model.attention_parts import AttendVarlen, decodes_part
+from granite_ray.model.attention_parts import AttendVarlen
+from granite_ray.model.attention_plan import AttentionPlan, decodes_part
 from granite_ray.model.batch import ForwardBatch, Segment
 from granite_ray.model.granite import GraniteModel
 from granite_ray.model.layers import rotation_tables

@@ -30,7 +30,7 @@ from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
 from granite_ray.engine.sizing import CacheSize, cache_budget, size_cache
 from granite_ray.engine.weighing import Weighing
 from granite_ray.errors import ConfigError
-from granite_ray.model.attention_parts import can_read_blocks
+from granite_ray.model.attention_plan import can_read_blocks
 from granite_ray.model.granite import GraniteModel
 from granite_ray.model.state import allocate_state
 from granite_ray.parallel.groups import Group

@@ -1,37 +1,21 @@
 """Grouped-query attention over the paged cache.
 
-What all layers of a step share is planned once, in `plan_attention`; a layer then projects, writes
+What all layers of a step share is planned once (attention_plan.py); a layer then projects, writes
 keys and values to their slots, and lets each part of the plan attend.
 """
 
 # T tokens, D hidden size, H query heads, G key-value heads, X all heads of a fused projection,
 # A head size, W tokens whose keys and values are kept
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from granite_ray.model.architecture import Architecture
-from granite_ray.model.attention_parts import AttentionPart, Heads, plan_parts
-from granite_ray.model.batch import ForwardBatch
-from granite_ray.model.layers import Linear, rotate, rotation_tables
-from granite_ray.model.state import ModelState
+from granite_ray.model.attention_parts import Heads
+from granite_ray.model.attention_plan import AttentionPlan
+from granite_ray.model.kernels import MAX_TOKENS, kernels_for
+from granite_ray.model.layers import Linear, rotate
 from granite_ray.model.workspace import Workspace
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """What all attention layers of one step have in common.
-
-    `written_W` are the tokens whose keys and values are kept, at `slots_W`; None: all tokens.
-    `rotation` is None where positions are not encoded.
-    """
-
-    parts: tuple[AttentionPart, ...]
-    written_W: torch.Tensor | None
-    slots_W: torch.Tensor
-    rotation: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Attention(nn.Module):
@@ -45,6 +29,7 @@ class Attention(nn.Module):
         self.scale = architecture.attention_multiplier
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(architecture.hidden_size, num_rows)
+        self.kernels = kernels_for(self.qkv_proj.weight, (self.head_dim, 32))
         self.o_proj = Linear(self.num_heads * self.head_dim, architecture.hidden_size)
 
     def forward(
@@ -59,7 +44,9 @@ class Attention(nn.Module):
         qkv = workspace.take("qkv", (num_tokens, len(self.qkv_proj.weight)), x_TD)
         heads_TXA = self.qkv_proj(x_TD, qkv).view(num_tokens, -1, self.head_dim)
         if plan.rotation is not None:
-            rotate(heads_TXA[:, : num_heads + num_kv_heads], *plan.rotation)
+            kernels = self.kernels if num_tokens <= MAX_TOKENS else None
+            turn = rotate if kernels is None else kernels.rotate
+            turn(heads_TXA[:, : num_heads + num_kv_heads], *plan.rotation)
         queries_THA, keys_TGA, values_TGA = heads_TXA.split_with_sizes(
             [num_heads, num_kv_heads, num_kv_heads], dim=1
         )
@@ -77,22 +64,3 @@ class Attention(nn.Module):
 def _write(cache: torch.Tensor, heads_TGA: torch.Tensor, plan: AttentionPlan) -> None:
     written_WGA = heads_TGA if plan.written_W is None else heads_TGA[plan.written_W]
     cache.view(-1, *cache.shape[2:]).index_copy_(0, plan.slots_W, written_WGA)
-
-
-# plan ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def plan_attention(
-    batch: ForwardBatch, state: ModelState, architecture: Architecture
-) -> AttentionPlan:
-    """Work out what every attention layer of this step will need."""
-    if not state.key_caches:
-        return AttentionPlan((), None, batch.slot_mapping_T, None)
-    cache, theta = state.key_caches[0], architecture.rope_theta
-    rotation = None
-    if theta is not None:
-        rotation = rotation_tables(batch.positions_T, theta, architecture.head_dim, cache.dtype)
-    has_tries = any(segment.parents for segment in batch.segments)
-    written_W = batch.slot_mapping_T.ge(0).nonzero()[:, 0] if has_tries else None
-    slots_W = batch.slot_mapping_T if written_W is None else batch.slot_mapping_T[written_W]
-    return AttentionPlan(plan_parts(batch, cache), written_W, slots_W, rotation)

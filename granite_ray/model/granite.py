@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from granite_ray.model.architecture import Architecture
-from granite_ray.model.attention import Attention, AttentionPlan, plan_attention
+from granite_ray.model.attention import Attention
+from granite_ray.model.attention_plan import AttentionPlan, plan_attention
 from granite_ray.model.batch import ForwardBatch
 from granite_ray.model.layers import GatedMLP, Linear, RMSNorm
 from granite_ray.model.mamba import MambaMixer
@@ -140,5 +141,5 @@ class DecoderLayer(nn.Module):
             mixed_TD: torch.Tensor = self.self_attn(x_TD, plan, *caches, workspace)
         else:
             states = state.conv_states[index], state.ssm_states[index]
-            mixed_TD = self.mamba(x_TD, batch, *states)
+            mixed_TD = self.mamba(x_TD, batch, *states, workspace)
         return mixed_TD

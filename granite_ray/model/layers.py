@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from granite_ray.model.kernels import MAX_TOKENS, kernels_for
 from granite_ray.model.workspace import Workspace
 
 
@@ -16,9 +17,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.kernels = kernels_for(self.weight, (size, 16))
 
     def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         shape = tuple(x_TD.shape)
+        if self.kernels is not None and len(x_TD) <= MAX_TOKENS:
+            out_TD = workspace.take("norm_out", shape, x_TD)
+            self.kernels.norm(x_TD, self.weight, self.eps, out_TD)
+            return out_TD
         wide_TD = workspace.take("norm_wide", shape, x_TD, torch.float32).copy_(x_TD)
         lengths_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
         wide_TD.mul_((lengths_T1.square() / shape[1] + self.eps).rsqrt())
@@ -26,14 +32,24 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Multiply by a weight, into a given buffer if there is one."""
+    """Multiply by a weight, into a given buffer if there is one; add a bias if there is one."""
 
-    def __init__(self, input_size: int, output_size: int) -> None:
+    def __init__(self, input_size: int, output_size: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size))
+        self.bias = nn.Parameter(torch.empty(output_size)) if has_bias else None
+        fitting = kernels_for(self.weight, (input_size, 32), (output_size, 4))
+        self.kernels = None if has_bias else fitting
 
     def forward(self, x_TD: torch.Tensor, out_TO: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.mm(x_TD, self.weight.t(), out=out_TO)
+        if self.bias is not None:
+            return torch.addmm(self.bias, x_TD, self.weight.t(), out=out_TO)
+        if self.kernels is None or len(x_TD) > MAX_TOKENS:
+            return torch.mm(x_TD, self.weight.t(), out=out_TO)
+        if out_TO is None:
+            out_TO = x_TD.new_empty(len(x_TD), len(self.weight))
+        self.kernels.linear(x_TD, self.weight, out_TO)
+        return out_TO
 
 
 class GatedMLP(nn.Module):

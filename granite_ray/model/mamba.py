@@ -5,9 +5,11 @@ slot, tries from that state without moving it. The recurrence itself is in `mamb
 """
 
 # T tokens, L tokens of a piece, S decodes, Z state slots, D hidden size, I inner channels,
-# C convolution channels, K convolution width, W = K - 1, H heads, M head size, R state size
+# X all that a token is projected to, C convolution channels, K convolution width, W = K - 1,
+# H heads, M head size, R state size
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -15,8 +17,11 @@ from torch.nn import functional as F
 
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.batch import ForwardBatch, Segment
+from granite_ray.model.kernels import MambaParameters, kernels_for
+from granite_ray.model.layers import Linear
 from granite_ray.model.mamba_scan import ScanInputs, scan, scan_trie, step_each, step_together
 from granite_ray.model.trie import convolution_windows, visible_nodes
+from granite_ray.model.workspace import Workspace
 
 SCAN_LENGTH = 64
 """The most tokens of a piece. Any number gives the same answer; this one keeps it in the cache."""
@@ -57,15 +62,17 @@ class MambaMixer(nn.Module):
         inner_size, hidden_size = architecture.mamba_size, architecture.hidden_size
         self.architecture = architecture
         self.scan_length = min(SCAN_LENGTH, architecture.mamba_chunk_size)
-        self.in_proj = _make_linear(
-            hidden_size, inner_size + conv_dim + num_heads, architecture.mamba_proj_bias
-        )
+        projected_size, has_bias = inner_size + conv_dim + num_heads, architecture.mamba_proj_bias
+        self.in_proj = Linear(hidden_size, projected_size, has_bias=has_bias)
         self.conv1d = CausalConv(conv_dim, architecture.mamba_d_conv, architecture.mamba_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.D = nn.Parameter(torch.empty(num_heads))
         self.norm = GatedNorm(inner_size, architecture.mamba_n_groups, architecture.rms_norm_eps)
-        self.out_proj = _make_linear(inner_size, hidden_size, architecture.mamba_proj_bias)
+        self.out_proj = Linear(inner_size, hidden_size, has_bias=has_bias)
+        multiples = (architecture.mamba_d_head, 4), (architecture.mamba_d_state, 16)
+        group_size = inner_size // architecture.mamba_n_groups
+        self.kernels = kernels_for(self.dt_bias, *multiples, (group_size, 16), (conv_dim, 16))
 
     def forward(
         self,
@@ -73,19 +80,27 @@ class MambaMixer(nn.Module):
         batch: ForwardBatch,
         conv_state: torch.Tensor,
         ssm_state: torch.Tensor,
+        workspace: Workspace,
     ) -> torch.Tensor:
         """Return y_TD; the slots of decodes and runs move on in place.
 
         `conv_state` [Z, C, W], the convolution's last inputs, and `ssm_state` [Z, H, M, R], in
         float32, are this layer's tensors of `ModelState`.
         """
-        projected = self._project(x_TD)
+        projected_TX = self.in_proj(x_TD)
+        projected = self._split(projected_TX)
         y_TI = torch.empty_like(projected.gate_TI)
         num_decodes = batch.num_decodes
         if num_decodes:
             slots_S = batch.state_slots_S[:num_decodes]
-            decodes = projected.rows(0, num_decodes)
-            y_TI[:num_decodes] = self._decode(decodes, slots_S, conv_state, ssm_state)
+            if self.kernels is None:
+                decodes = projected.rows(0, num_decodes)
+                y_TI[:num_decodes] = self._decode(decodes, slots_S, conv_state, ssm_state)
+            else:
+                states = conv_state, ssm_state
+                self.kernels.mamba_step(
+                    self._told_kernels, projected_TX, slots_S, states, workspace, y_TI[:num_decodes]
+                )
         start = num_decodes
         for segment in batch.segments[num_decodes:]:
             stop = start + segment.num_tokens
@@ -99,10 +114,32 @@ class MambaMixer(nn.Module):
         y_TD: torch.Tensor = self.out_proj(y_TI)
         return y_TD
 
-    def _project(self, x_TD: torch.Tensor) -> Projected:
+    def _split(self, projected_TX: torch.Tensor) -> Projected:
         architecture = self.architecture
         sizes = architecture.mamba_size, architecture.mamba_conv_dim, architecture.mamba_n_heads
-        return Projected(*self.in_proj(x_TD).split_with_sizes(sizes, dim=-1))
+        return Projected(*projected_TX.split_with_sizes(sizes, dim=-1))
+
+    @cached_property
+    def _told_kernels(self) -> MambaParameters:
+        """What the CPU kernel is told of this mixer; weights stay where they are once loaded."""
+        architecture, bias = self.architecture, self.conv1d.bias
+        min_dt, max_dt = architecture.time_step_limit
+        return MambaParameters(
+            num_heads=architecture.mamba_n_heads,
+            head_dim=architecture.mamba_d_head,
+            groups=architecture.mamba_n_groups,
+            state_size=architecture.mamba_d_state,
+            conv_width=architecture.mamba_d_conv,
+            conv_weight=self.conv1d.weight.data_ptr(),
+            conv_bias=None if bias is None else bias.data_ptr(),
+            dt_bias=self.dt_bias.data_ptr(),
+            a_log=self.A_log.data_ptr(),
+            d=self.D.data_ptr(),
+            norm_weight=self.norm.weight.data_ptr(),
+            eps=self.norm.eps,
+            min_dt=min_dt,
+            max_dt=max_dt,
+        )
 
     def _decode(
         self,
@@ -215,12 +252,6 @@ class GatedNorm(nn.Module):
         mean_square = torch.linalg.vecdot(grouped, grouped)[..., None] / grouped.shape[-1]
         grouped.mul_((mean_square + self.eps).rsqrt_())
         return y_LI.mul_(self.weight).to(gate_LI.dtype)
-
-
-def _make_linear(in_size: int, out_size: int, has_bias: bool) -> nn.Linear:
-    """Return a linear map whose parameters are not filled yet: that is the checkpoint's part."""
-    linear = nn.Linear(in_size, out_size, bias=has_bias, device="meta")
-    return linear.to_empty(device=torch.get_default_device())
 
 
 def _start_state(segment: Segment, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> SlotState:

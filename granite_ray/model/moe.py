@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from granite_ray.model.architecture import Architecture
+from granite_ray.model.kernels import MAX_TOKENS, ROWS_A_TASK, kernels_for
 from granite_ray.model.layers import Linear, activate
 from granite_ray.model.workspace import Workspace
 from granite_ray.parallel.experts import Arrived, Dispatcher
@@ -23,6 +24,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(architecture)
         self.input_linear = ExpertLinear(num_local, architecture.hidden_size, 2 * width)
         self.output_linear = ExpertLinear(num_local, width, architecture.hidden_size)
+        multiples = (architecture.hidden_size, 32), (width, ROWS_A_TASK)
+        self.kernels = kernels_for(self.output_linear.weight, *multiples)
         is_cuda = self.input_linear.weight.is_cuda
         self.run_experts = run_grouped if is_cuda else run_one_by_one
 
@@ -33,6 +36,15 @@ class MixtureOfExperts(nn.Module):
 
     def _ask(self, arrived: Arrived, workspace: Workspace) -> torch.Tensor:
         """Return for each token the weighted sum of what this rank's experts say, [N, D]."""
+        if self.kernels is not None and len(arrived.x_ND) <= MAX_TOKENS:
+            expert_weights = self.input_linear.weight, self.output_linear.weight
+            return self.kernels.experts(
+                arrived.x_ND.contiguous(),
+                arrived.expert_ids_NK.contiguous(),
+                arrived.weights_NK.contiguous(),
+                expert_weights,
+                workspace,
+            )
         num_local, num_pairs = len(self.dispatcher.local_experts), arrived.num_pairs
         x_ND, expert_ids_NK = arrived.x_ND, arrived.expert_ids_NK
         expert_ids, num_chosen = expert_ids_NK.flatten(), expert_ids_NK.shape[1]
@@ -70,7 +82,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return expert ids and weights, [T, K] each; a token's weights sum to 1."""
-        scores_TK, expert_ids_TK = self.layer(x_TD).float().topk(self.num_chosen, dim=-1)
+        scores_TE = self.layer(x_TD)
+        if self.layer.kernels is not None and len(x_TD) <= MAX_TOKENS:
+            return self.layer.kernels.route(scores_TE, self.num_chosen)
+        scores_TK, expert_ids_TK = scores_TE.float().topk(self.num_chosen, dim=-1)
         return expert_ids_TK, scores_TK.softmax(dim=-1).to(x_TD.dtype)
 
 

@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from granite_ray.model.attention_parts import (
-    QUERY_BLOCK,
-    Heads,
-    VarlenPart,
-    can_read_blocks,
-    plan_parts,
-    varlen_part,
-)
+from granite_ray.model.attention_parts import QUERY_BLOCK, Heads, VarlenPart
+from granite_ray.model.attention_plan import can_read_blocks, plan_parts, varlen_part
 from granite_ray.model.batch import ForwardBatch, Segment
 from granite_ray.model.workspace import Workspace
 from tests.unit.engine.test_graphs import attend_plainly

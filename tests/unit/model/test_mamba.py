@@ -17,6 +17,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.batch import ForwardBatch, Segment
 from granite_ray.model.mamba import SCAN_LENGTH, MambaMixer
+from granite_ray.model.workspace import Workspace
 
 HIDDEN = 32
 NUM_SLOTS = 6
@@ -109,7 +110,9 @@ class Layer:
         assert all(map(is_decode, segments[:num_decodes]))
         with torch.inference_mode():
             batch = make_batch(segments, num_decodes)
-            y_TD = self.mixer(torch.cat(inputs), batch, self.conv_state, self.ssm_state)
+            y_TD = self.mixer(
+                torch.cat(inputs), batch, self.conv_state, self.ssm_state, Workspace()
+            )
         return list(y_TD.split([segment.num_tokens for segment in segments]))
 
     def expect(self, x_TD: torch.Tensor) -> torch.Tensor:
