@@ -157,6 +157,17 @@ def test_every_metric_that_is_asked_for_is_one_that_is_exported() -> None:
     assert {name for panel in dashboard["panels"] for name in names_in(panel)} == exported
 
 
+def test_prometheus_understands_every_panel_of_the_dashboard(tmp_path: Path) -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "granite.json").read_text())
+    places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in dashboard["panels"]]
+    assert len({place[:2] for place in places}) == len(places), "no panel hides another"
+    rules = [
+        {"record": f"panel_{at}", "expr": panel["targets"][0]["expr"]}
+        for at, panel in enumerate(dashboard["panels"])
+    ]
+    promtool({"groups": [{"name": "panels", "rules": rules}]}, tmp_path, "1m")
+
+
 def names_in(panel: dict[str, Any]) -> set[str]:
     return set(re.findall(r"ray_granite_[a-z_]+[a-z]", panel["targets"][0]["expr"]))
 
