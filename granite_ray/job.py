@@ -11,15 +11,9 @@ from granite_ray.engine.factory import make_engine
 from granite_ray.errors import ConfigError, GraniteRayError
 from granite_ray.interrupts import InterruptedRunError
 from granite_ray.io.storage import absolute, open_storage
+from granite_ray.options import NOTHING_SPECIAL, OpenStorage, RunOptions, Surroundings
 from granite_ray.output import read_job
-from granite_ray.passes import (
-    NOTHING_SPECIAL,
-    OpenStorage,
-    PassJob,
-    RunOptions,
-    Surroundings,
-    run_pass,
-)
+from granite_ray.passes import PassJob, run_pass
 from granite_ray.report import RunReport
 from granite_ray.stages import MakeEngine
 
@@ -164,7 +158,10 @@ def _run_jobs(
     ended: dict[int, EndedJob] = {}
     while jobs:
         first = next(iter(jobs.values()))
-        sharing = [at for at, job in jobs.items() if job.shares_with(first)]
+        apart = {at: job.differs_from(first) for at, job in jobs.items()}
+        sharing = [at for at, names in apart.items() if not names]
+        for at in sorted(apart.keys() - sharing):
+            first.say(f"{jobs[at].name} follows: its pass is another, by {', '.join(apart[at])}")
         run_pass([jobs[at] for at in sharing], surroundings)
         for at in sharing:
             job = jobs.pop(at)

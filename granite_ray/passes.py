@@ -5,11 +5,9 @@ plan shards → read documents → prepare chunks → generate answers → merge
 
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-
-from rich.console import Console
+from dataclasses import asdict, replace
 
 from granite_ray.checkpoint import open_checkpoint
 from granite_ray.cluster import Cluster
@@ -19,9 +17,10 @@ from granite_ray.fingerprint import make_fingerprint
 from granite_ray.interrupts import Interrupts
 from granite_ray.io.commit import Generation
 from granite_ray.io.sources import check_collisions
-from granite_ray.io.storage import OpenedStorages, Storage
+from granite_ray.io.storage import OpenedStorages
 from granite_ray.logs import set_up_logging
 from granite_ray.model.architecture import read_architecture
+from granite_ray.options import RunOptions, Surroundings
 from granite_ray.output import HeldOutput, hold_output
 from granite_ray.parallel.place import check_size
 from granite_ray.planning import InputPlan, limit_plan, plan_input
@@ -30,40 +29,11 @@ from granite_ray.records import output_schema
 from granite_ray.report import RunReport
 from granite_ray.resume import Resumption, check_source, resume_plan
 from granite_ray.run import TOO_MANY_FAILED, Run, commit_shards
-from granite_ray.stages import MakeEngine, ShardWork, StageContext, task_limits
+from granite_ray.stages import ShardWork, StageContext, task_limits
 from granite_ray.tasks import make_task
 from granite_ray.tokenizer import load_tokenizer
 
-OpenStorage = Callable[[str], Storage]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What is asked of one run, beside the config."""
-
-    limit: int | None = None
-    """Do the first so many documents of the plan; never deletes nor writes a snapshot."""
-    restart: bool = False
-    """Answer every document again; the new answers replace the old ones when complete."""
-    allow_failed: bool = False
-    """End with 0 instead of 3 where documents failed within `job.max_failed_fraction`."""
-    allow_vanished: bool = False
-    """Accept another source root, and any share of vanished files."""
-    redrive: bool = False
-    """Run failed rows again; other rows are taken over into the next revision of their shards."""
-
-
-NOTHING_SPECIAL = RunOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What opens storages and builds engines, and where progress is shown."""
-
-    open_storage: OpenStorage
-    make_engine: MakeEngine
-    console: Console | None
 
 
 def run_pass(jobs: Sequence["PassJob"], surroundings: Surroundings) -> None:
@@ -127,18 +97,39 @@ class PassJob:
         self._surroundings = surroundings
         self._held = ExitStack()
 
-    def shares_with(self, other: "PassJob") -> bool:
-        """Tell whether both ask of the same documents, cut in the same way, on the same engine."""
-        return all(
-            mine == theirs for mine, theirs in zip(self._needs(), other._needs(), strict=True)
-        )
+    def differs_from(self, other: "PassJob") -> list[str]:
+        """Name what keeps two jobs from sharing a pass: nothing where they ask of the same chunks.
 
-    def _needs(self) -> tuple[object, ...]:
+        Chunks of another length would be another job's answers, so the room that a prompt leaves
+        counts where `chunking.max_tokens` does not bound it.
+        """
+        mine, theirs = self._needs(), other._needs()
+        return [name for name in mine if mine[name] != theirs[name]]
+
+    def _needs(self) -> dict[str, object]:
         config, task = self.config, self.task
-        return (
-            *(config.source, config.chunking, config.model, config.engine, config.job.ray_address),
-            *(task.max_chunk_tokens, task.columns),
-        )
+        return {
+            "source": config.source,
+            "chunking": config.chunking,
+            "model": config.model,
+            "engine": config.engine,
+            "job.ray_address": config.job.ray_address,
+            "the columns that their prompts read": task.columns,
+            "the room for a chunk (set chunking.max_tokens to what both leave)": (
+                task.max_chunk_tokens
+            ),
+        }
+
+    @property
+    def name(self) -> str:
+        """What the job is called where several share a console."""
+        return self.sink.root.rpartition("/")[2]
+
+    def say(self, line: str) -> None:
+        """Tell a person something before the job has begun."""
+        if self._surroundings.console:
+            self._surroundings.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        logger.info("%s", line, extra={"job": self.report.run_id})
 
     def open(self, plan: InputPlan) -> None:
         """Take hold of the output, and find out what is to be done.
@@ -276,7 +267,7 @@ def _work(jobs: Sequence[PassJob], plan: InputPlan) -> list[tuple[ShardWork, ...
 
 
 def _view(job: PassJob, surroundings: Surroundings, *, is_alone: bool) -> ProgressView:
-    label = "" if is_alone else f"{job.sink.root.rpartition('/')[2]}: "
+    label = "" if is_alone else f"{job.name}: "
     console = None if job.config.job.log_format == "json" else surroundings.console
     return ProgressView(console, job.sink, job.report.run_id, label)
 

@@ -1,5 +1,6 @@
 """Several jobs over one corpus: one pass, the same rows as alone, and no job that harms another."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from granite_ray import EndedJob, run_job, run_jobs
 from granite_ray.config import JobConfig
@@ -117,8 +119,11 @@ def test_jobs_that_do_not_ask_the_same_follow_one_another(tmp_path: Path) -> Non
     source, out = write_corpus(tmp_path / "in", num_files=1), tmp_path / "out"
     one, two, _ = jobs(source, out)
     other = make_config(source, out / "other", chunking={"max_tokens": 100})
-    ended = run_jobs([one, other, two])
+    written = io.StringIO()
+    console = Console(file=written, width=200)
+    ended = run_jobs([one, other, two], console=console)
     assert codes(ended) == [0, 0, 0]
+    assert "other follows: its pass is another, by chunking, the room" in written.getvalue()
     assert [job.report.engine["jobs"] for job in ended] == [2, 1, 2]
 
 
