@@ -46,11 +46,11 @@ def head(server: FaultyServer) -> Iterator[Head]:
         yield started
 
 
-def write_job(folder: Path, /, **sections: dict[str, Any]) -> Path:
-    """A job of 40 documents that can be answered and 2 that cannot."""
+def write_job(folder: Path, num_files: int = 2, /, **sections: dict[str, Any]) -> Path:
+    """A job of 20 documents a file that can be answered, and 2 that cannot."""
     source = folder / "in"
     if not source.exists():
-        write_corpus(source, num_files=2, rows_per_file=20)
+        write_corpus(source, num_files=num_files, rows_per_file=20)
         write_file(source / "zzz.parquet", [900, 901], [None, "  "])
     path = folder / "job.yaml"
     sections["job"] = {"scheduling_timeout_s": 300, **sections.get("job", {})}
@@ -104,7 +104,7 @@ def test_each_way_to_end_comes_through(
 
 @pytest.mark.slow
 def test_a_job_is_joined_stopped_halfway_and_resumed(head: Head, tmp_path: Path) -> None:
-    slow = write_job(tmp_path, engine={"fake_tokens_per_s": 250})
+    slow = write_job(tmp_path, 10, engine={"fake_tokens_per_s": 600})
     first = id_of(head.submit(slow))
     wait_until(lambda: result_files(tmp_path / "out"), timeout_s=PATIENCE_S)
     assert id_of(head.submit(slow)) == first, "it is on, and joined"
@@ -125,13 +125,13 @@ def test_a_job_is_joined_stopped_halfway_and_resumed(head: Head, tmp_path: Path)
     assert report_of(tmp_path / "out")["exit_code"] == 143
     assert not (tmp_path / "out" / "_granite" / "lease.json").exists(), "it had time to let go"
     num_committed = len(result_files(tmp_path / "out"))
-    assert 0 < num_committed < 5
+    assert 0 < num_committed < 21
 
     quick = write_job(tmp_path)
     resumed = head.submit(quick, "--follow")
     assert resumed.returncode == 3, resumed.stderr
     assert report_of(tmp_path / "out")["shards"]["reused"] == num_committed
-    rows = check_output(tmp_path / "out", 42)
+    rows = check_output(tmp_path / "out", 202)
     undisturbed = tmp_path / "undisturbed"
     local = head.run(SCRIPT, "run", str(quick), "--set", f"sink.path={undisturbed}")
     assert local.returncode == 3, local.stderr
@@ -153,7 +153,7 @@ def test_a_job_that_is_killed_can_be_tried_again(head: Head, tmp_path: Path) -> 
     ) as follower:
         wait_until(lambda: result_files(tmp_path / "out"), timeout_s=PATIENCE_S)
         holder = yaml.safe_load((tmp_path / "out" / "_granite" / "lease.json").read_text())
-        psutil.Process(holder["process_id"]).kill()
+        psutil.Process(holder["pid"]).kill()
         told = follower.communicate(timeout=PATIENCE_S)[1]
     assert follower.returncode == 75, told
     assert "was killed by signal 9" in told
