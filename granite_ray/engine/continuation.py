@@ -100,6 +100,8 @@ class Continuation:
 
     def _keep(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         self.token_ids.append(token_id)
+        if self.request.on_token is not None:
+            self.request.on_token(token_id, logprobs)
         self.number = self._numbers.random()
         if logprobs is not None:
             self.logprobs.append(logprobs)

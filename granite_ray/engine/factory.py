@@ -1,18 +1,24 @@
 """Config → a running engine. Torch is loaded only where the backend needs it."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.fake import FakeEngine
+from granite_ray.engine.requests import OnToken
 from granite_ray.errors import InfrastructureError
 from granite_ray.parallel.place import RankPlace
-from granite_ray.records import LLM
+from granite_ray.records import LLM, Completion, Grammar, Prompt, SamplingParams
 from granite_ray.tokenizer import load_tokenizer
 
 
 class Engine(LLM, Protocol):
-    """An `LLM` with a life: it counts what reached the model, and it ends."""
+    """An `LLM` with a life: it counts what reached the model, and it ends.
+
+    Interactive calls go before those that are not. `on_token` hears of each token of a completion
+    as it is chosen.
+    """
 
     num_calls: int
     """Calls of `generate` and `score` that reached the model."""
@@ -30,6 +36,28 @@ class Engine(LLM, Protocol):
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens, of all calls so far, that were found computed."""
+        ...
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        is_interactive: bool = False,
+        on_token: OnToken | None = None,
+    ) -> Completion:
+        """Continue `prompt`."""
+        ...
+
+    async def score(
+        self,
+        prompt: Prompt,
+        choices: Sequence[tuple[int, ...]],
+        *,
+        is_interactive: bool = False,
+    ) -> list[float]:
+        """Return the log-probability of each choice right after `prompt`."""
         ...
 
     def shutdown(self) -> None:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from random import Random
 
 from granite_ray.engine.fake_json import JsonWriter
-from granite_ray.engine.requests import check_fits, cut_at_stop
+from granite_ray.engine.requests import OnToken, check_fits, cut_at_stop
 from granite_ray.errors import InfrastructureError
 from granite_ray.records import Completion, FinishReason, Grammar, Prompt, SamplingParams
 from granite_ray.tokenizer import Tokenizer
@@ -57,9 +57,15 @@ class FakeEngine:
         self._written = lru_cache(maxsize=16 * NUM_JSON_ANSWERS)(self._write_json)
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        is_interactive: bool = False,  # noqa: ARG002 - calls are answered in the order they came
+        on_token: OnToken | None = None,
     ) -> Completion:
-        """Make an answer up; see `LLM`."""
+        """Make an answer up; see `Engine`. `on_token` hears of all tokens at once."""
         self._admit(prompt, sampling.max_tokens)
         schema = grammar.json_schema if grammar else ""
         random = Random(_number(prompt, f"{sampling}{schema}".encode()))
@@ -72,6 +78,9 @@ class FakeEngine:
             token_ids, reason = write(grammar, sampling.max_tokens, variant)
         await self._take_time(len(prompt.token_ids) + len(token_ids))
         text = self._tokenizer.decode(token_ids).strip()
+        if on_token is not None:
+            for token_id in self._tokenizer.encode_text(text):
+                on_token(token_id, None)
         kept = text if grammar else cut_at_stop(text, sampling.stop)
         return Completion(
             text=kept,
@@ -80,7 +89,13 @@ class FakeEngine:
             finish_reason=reason if kept is text else "stop",
         )
 
-    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+    async def score(
+        self,
+        prompt: Prompt,
+        choices: Sequence[tuple[int, ...]],
+        *,
+        is_interactive: bool = False,  # noqa: ARG002 - as above
+    ) -> list[float]:
         """Make log-probabilities up, as if the choices were all there is; see `LLM`."""
         longest = max(map(len, choices), default=0)
         self._admit(prompt, longest)

@@ -14,6 +14,7 @@ from granite_ray.engine.grammar import GrammarCompiler
 from granite_ray.engine.requests import (
     Future,
     GenerateRequest,
+    OnToken,
     Request,
     ScoreRequest,
     check_fits,
@@ -104,11 +105,15 @@ class EngineFront:
         grammar: Grammar | None = None,
         *,
         is_interactive: bool = False,
+        on_token: OnToken | None = None,
     ) -> Completion:
-        """Continue `prompt`; see `LLM`. An interactive request goes before those that are not."""
+        """Continue `prompt`; see `LLM`. An interactive request goes before those that are not.
+
+        `on_token` hears of each token while the rest is still to come.
+        """
         if grammar is not None:
             self._grammars.matcher(grammar)  # a schema that cannot be compiled fails here, alone
-        request = GenerateRequest(prompt, sampling, grammar, is_interactive=is_interactive)
+        request = GenerateRequest(prompt, sampling, grammar, is_interactive, on_token)
         return await self._answer(request, request.future)
 
     async def score(

@@ -1,16 +1,21 @@
 """What callers hand to an engine, and which requests run together. Plain Python, no tensors."""
 
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from granite_ray.errors import RowFailure
-from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
+from granite_ray.records import Completion, Grammar, Prompt, SamplingParams, TokenLogprobs
 
 Answer = TypeVar("Answer")
 Future = concurrent.futures.Future
+OnToken = Callable[[int, TokenLogprobs | None], None]
+"""Called, in the engine's own thread, with each token as it is chosen; the end of text is none.
+
+What a stop string cuts off comes too: only the completion knows where the text ends.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +26,7 @@ class GenerateRequest:
     sampling: SamplingParams
     grammar: Grammar | None = None
     is_interactive: bool = False
+    on_token: OnToken | None = None
     future: Future[Completion] = field(default_factory=Future)
 
     @property
