@@ -23,6 +23,7 @@ from granite_ray.io.storage import open_storage
 from granite_ray.job import RunOptions, redrive_job, run_job
 from granite_ray.progress import default_console, duration, read_progress
 from granite_ray.report import read_report
+from granite_ray.serving.commands import add_ask_arguments, add_serve_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,8 +147,8 @@ def _eval(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _schema(_: argparse.Namespace, __: Console) -> int:
-    print(json.dumps(config_schema(), indent=2))
+def _schema(arguments: argparse.Namespace, _: Console) -> int:
+    print(json.dumps(config_schema(of_server=arguments.server), indent=2))
     return 0
 
 
@@ -196,8 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config_arguments(evaluation)
 
+    serving = commands.add_parser("serve", help="answer requests over HTTP until told to stop")
+    add_serve_arguments(serving)
+    add_ask_arguments(commands.add_parser("ask", help="ask a running server about files"))
+
     schema = commands.add_parser("schema", help="print the JSON Schema of a config, for editors")
     schema.set_defaults(command=_schema)
+    schema.add_argument("--server", action="store_true", help="of what granite-ray serve takes")
     return parser
 
 

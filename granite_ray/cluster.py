@@ -183,6 +183,14 @@ def _quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def size_replicas(engine: EngineConfig) -> ReplicaResources:
+    """Return what replicas may take of the cluster as it is now, without waiting for more."""
+    had = ray.cluster_resources()
+    wanted = _replica_resources(engine, had)
+    threads = _threads_of(wanted, had, wanted.most)
+    return ReplicaResources(wanted.num_cpus, wanted.num_gpus, wanted.least, wanted.most, threads)
+
+
 def _most_replicas(engine: EngineConfig) -> int:
     return engine.num_replicas if isinstance(engine.num_replicas, int) else engine.num_replicas[1]
 

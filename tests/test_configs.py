@@ -1,14 +1,18 @@
+import importlib
 import json
 import re
 from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 
-from granite_ray.config import ExtractConfig, load_config
+from granite_ray.config import ExtractConfig, load_config, load_server_config
 
 CONFIGS_PATH = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(CONFIGS_PATH.rglob("*.yaml"))
+SERVER_CONFIGS = ("serve", "serve_deploy")
+ALL_CONFIGS = sorted(CONFIGS_PATH.rglob("*.yaml"))
+CONFIGS = [path for path in ALL_CONFIGS if path.stem not in SERVER_CONFIGS]
 KINDS = {"summarize", "classify", "extract", "generate"}
 
 
@@ -31,7 +35,16 @@ def test_there_is_an_example_of_every_task():
 
 def test_the_readme_lists_every_config_once():
     listed = re.findall(r"\((\w+)\.yaml\)", (CONFIGS_PATH / "README.md").read_text())
-    assert sorted(listed) == [path.stem for path in CONFIGS]
+    assert sorted(listed) == [path.stem for path in ALL_CONFIGS]
+
+
+def test_the_server_config_loads_and_the_deploy_file_names_what_there_is():
+    served = load_server_config(CONFIGS_PATH / "serve.yaml")
+    assert set(served.tasks) == {"sections", "short"}
+    [application] = yaml.safe_load((CONFIGS_PATH / "serve_deploy.yaml").read_text())["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    assert set(application["args"]) == {"config"}
 
 
 def test_examples_take_their_places_from_the_environment(monkeypatch: pytest.MonkeyPatch):

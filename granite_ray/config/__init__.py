@@ -3,7 +3,16 @@
 Everything that can be wrong with a config is found here, before the first process starts.
 """
 
-from granite_ray.config.load import config_schema, load_config, parse_config, write_config
+from granite_ray.config.load import (
+    config_schema,
+    describe_errors,
+    load_config,
+    load_server_config,
+    parse_config,
+    parse_section,
+    read_values,
+    write_config,
+)
 from granite_ray.config.sections import (
     ChunkingConfig,
     EngineConfig,
@@ -11,9 +20,11 @@ from granite_ray.config.sections import (
     JobConfig,
     JobSection,
     ModelConfig,
+    ServerConfig,
     SinkConfig,
     SourceConfig,
 )
+from granite_ray.config.serve import ServeConfig
 from granite_ray.config.task import (
     ClassifyConfig,
     Example,
@@ -35,13 +46,19 @@ __all__ = [
     "JobConfig",
     "JobSection",
     "ModelConfig",
+    "ServeConfig",
+    "ServerConfig",
     "SinkConfig",
     "SourceConfig",
     "SummarizeConfig",
     "TaskConfig",
     "TaskSection",
     "config_schema",
+    "describe_errors",
     "load_config",
+    "load_server_config",
     "parse_config",
+    "parse_section",
+    "read_values",
     "write_config",
 ]

@@ -8,15 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from granite_ray.config.sections import JobConfig
+from granite_ray.config.sections import JobConfig, ServerConfig
 from granite_ray.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1_000_000
+Config = TypeVar("Config", bound=BaseModel)
 VARIABLE = re.compile(r"(\$+)\{([A-Za-z_][A-Za-z0-9_]*)(?::-((?:\{date\}|[^}])*))?\}")
 """`${NAME}` and `${NAME:-default}`; one more dollar in front, and it stays as it is, less one."""
 DATE_PLACE = "{date}"
@@ -36,6 +37,24 @@ def load_config(
     Raises:
         ConfigError: Naming the field, the value and the way out.
     """
+    return parse_config(read_values(path, overrides), Path(path).parent, logical_date)
+
+
+def load_server_config(path: str | Path, overrides: Sequence[str] = ()) -> ServerConfig:
+    """Read the file that `granite-ray serve` takes; otherwise as `load_config`.
+
+    Raises:
+        ConfigError: Naming the field, the value and the way out.
+    """
+    return parse_section(ServerConfig, read_values(path, overrides), Path(path).parent)
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file as plain data, safely.
+
+    Raises:
+        ConfigError: It is missing, too large, or no safe YAML mapping.
+    """
     path = Path(path)
     try:
         text = path.read_bytes()
@@ -48,7 +67,7 @@ def load_config(
         raise ConfigError(f"Config {path} must be a mapping of sections such as source and task.")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, path.parent, logical_date)
+    return values
 
 
 def parse_config(
@@ -59,12 +78,20 @@ def parse_config(
     Raises:
         ConfigError: Naming the field, the value and the way out.
     """
+    return _at_date(parse_section(JobConfig, values, base_folder), logical_date)
+
+
+def parse_section(kind: type[Config], values: Mapping[str, Any], base_folder: Path) -> Config:
+    """Turn plain data into a config of any kind, as `parse_config` does it for a job.
+
+    Raises:
+        ConfigError: Naming the field, the value and the way out.
+    """
     filled = _fill_variables(dict(values), "")
     try:
-        config = JobConfig.model_validate(filled, context={"base_folder": base_folder})
+        return kind.model_validate(filled, context={"base_folder": base_folder})
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from error
-    return _at_date(config, logical_date)
+        raise ConfigError(describe_errors(error)) from error
 
 
 def write_config(config: JobConfig) -> str:
@@ -82,14 +109,20 @@ def write_config(config: JobConfig) -> str:
     return text
 
 
-def config_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a config file, for editors."""
-    return JobConfig.model_json_schema(by_alias=True, mode="validation")
+def config_schema(*, of_server: bool = False) -> dict[str, Any]:
+    """Return the JSON Schema of a job's config file, or of a server's, for editors."""
+    kind = ServerConfig if of_server else JobConfig
+    return kind.model_json_schema(by_alias=True, mode="validation")
 
 
 def default_ray_address() -> str | None:
     """Return the cluster that the environment names, as inside `ray job submit`."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def default_server() -> tuple[str | None, str | None]:
+    """Return address and API key of the server to ask, as far as the environment names them."""
+    return os.environ.get("GRANITE_RAY_URL") or None, os.environ.get("GRANITE_RAY_KEY") or None
 
 
 class _Loader(yaml.SafeLoader):
@@ -199,7 +232,8 @@ def _fill_variables(value: Any, field: str) -> Any:
     return VARIABLE.sub(fill, value)
 
 
-def _describe(error: ValidationError) -> str:
+def describe_errors(error: ValidationError) -> str:
+    """Say what is wrong with each field, as the user spells it: a line for each."""
     lines = []
     for problem in error.errors(include_url=False):
         field = _field_name(problem["loc"])
@@ -219,7 +253,10 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     kinds = {"summarize", "classify", "extract", "generate"}
     parts: list[str] = []
     for index, part in enumerate(location):
-        is_tag = (index == 1 and location[0] == "task" and part in kinds) or "[" in str(part)
+        is_task = (index == 1 and location[0] == "task") or (
+            index == 3 and location[:2] == ("serve", "tasks")
+        )
+        is_tag = (is_task and part in kinds) or "[" in str(part)
         if isinstance(part, int):
             parts[-1:] = [f"{parts[-1]}[{part}]"] if parts else [str(part)]
         elif not is_tag:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ByteSize, Field, field_validator, model_validator
 
 from granite_ray.config.base import Section
+from granite_ray.config.serve import DEFAULT_TASK, ServeConfig
 from granite_ray.config.task import GenerateConfig, TaskConfig
 
 
@@ -214,6 +215,8 @@ class JobConfig(Section):
     """Where the results go."""
     job: JobSection = JobSection()
     """How the job behaves."""
+    serve: ServeConfig = ServeConfig()
+    """How `granite-ray serve` answers; a job takes no notice of it."""
 
     def prompt_columns(self, template_columns: frozenset[str]) -> tuple[str, ...]:
         """Return the columns besides the text that a prompt sees, sorted."""
@@ -224,4 +227,35 @@ class JobConfig(Section):
 
     def dump(self) -> dict[str, Any]:
         """Return the config as plain data that `JobConfig.model_validate` reads back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+class ServerConfig(Section):
+    """What is served: the file that `granite-ray serve` takes, which may be a job's file too."""
+
+    model: ModelConfig = ModelConfig()
+    """Which checkpoint runs."""
+    chunking: ChunkingConfig = ChunkingConfig()
+    """How long texts are cut."""
+    engine: EngineConfig = EngineConfig()
+    """How it runs."""
+    job: JobSection = JobSection()
+    """Which Ray is joined, and how long to wait for resources and for a step of the engine."""
+    serve: ServeConfig = ServeConfig()
+    """How it answers."""
+    task: TaskConfig | None = None
+    """A job's own task, served as `default`."""
+    source: SourceConfig | None = None
+    """A job's; requests bring their own documents."""
+    sink: SinkConfig | None = None
+    """A job's; see `serve.store_path`."""
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        """The tasks that a request can ask for by name."""
+        own = {} if self.task is None else {DEFAULT_TASK: self.task}
+        return own | self.serve.tasks
+
+    def dump(self) -> dict[str, Any]:
+        """Return the config as plain data that `ServerConfig.model_validate` reads back."""
         return self.model_dump(mode="json", by_alias=True)

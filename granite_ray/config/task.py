@@ -13,6 +13,9 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_va
 
 from granite_ray.config.base import Section
 
+NO_FILES = None
+"""As `base_folder` of the validation's context: what a request says may name neither files nor
+classes."""
 MAX_FILE_BYTES = 1_000_000
 """Templates, schemas and tool lists beyond this are refused."""
 
@@ -20,6 +23,8 @@ MAX_FILE_BYTES = 1_000_000
 def _read_named_file(value: str, info: ValidationInfo) -> str:
     """Read a file named in the config, relative to the config's folder."""
     base = (info.context or {}).get("base_folder", Path())
+    if base is NO_FILES:
+        raise ValueError("it must be written out in the request: files cannot be named here")
     path = Path(base) / value
     if not path.is_file():
         raise ValueError(f"{value!r} is not a file (looked in {path.parent.resolve()})")
@@ -47,7 +52,8 @@ def _schema_of(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str):
         return value
     module, colon, name = value.partition(":")
-    if colon and all(part.isidentifier() for part in [*module.split("."), name]):
+    may_import = (info.context or {}).get("base_folder", Path()) is not NO_FILES
+    if may_import and colon and all(part.isidentifier() for part in [*module.split("."), name]):
         return _schema_of_class(module, name)
     return _json_of(value, info)
 

@@ -54,7 +54,7 @@ def text_slot(index: int) -> Slot:
 
 
 def _chat_pieces(frame: Frame, tokenizer: Tokenizer, has_title: Sequence[bool]) -> list[Piece]:
-    marks = _Marks()
+    marks = Marks()
     messages = []
     if frame.system_prompt is not None:
         messages.append({"role": "system", "content": frame.system_prompt})
@@ -107,7 +107,7 @@ def _is_named(piece: Piece, name: str) -> bool:
     return isinstance(piece, Slot) and piece.name == name
 
 
-class _Marks:
+class Marks:
     """Stand-ins that a chat template copies, and what they stand for.
 
     A mark cannot be guessed, and it holds a quote: where that came back escaped, the template

@@ -247,7 +247,10 @@ def test_the_schema_for_editors_accepts_what_loads_and_refuses_what_does_not() -
     }
     parse_config(loads)
     validator.validate(loads)
+    of_server = jsonschema.Draft202012Validator(config_schema(of_server=True))
     for path in CONFIGS.glob("*.yaml"):
-        validator.validate(yaml.safe_load(path.read_text()))
+        if path.stem != "serve_deploy":  # Ray Serve's own file
+            of_file = of_server if path.stem == "serve" else validator
+            of_file.validate(yaml.safe_load(path.read_text()))
     for wrong in ({"sorce": {}}, {"task": {"kind": "bogus"}}, {"job": {"lease_s": "soon"}}):
         assert not validator.is_valid({**VALUES, **wrong}), wrong

@@ -1,0 +1,196 @@
+"""`granite-ray serve` with Ray Serve: real processes, a real port, the official client."""
+
+import concurrent.futures
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from ray import serve
+
+from granite_ray import read_results, run_job
+from granite_ray.config import parse_config
+from tests.integration.serving_servers import (
+    RunningServer,
+    running_server,
+    stop,
+    wait_until,
+    write_config,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
+
+MODEL = "quickstart"
+TURNS = [{"role": "user", "content": "What is zlib?"}]
+TEXTS = [f"Package {n} reads archives. It has {n} tools and a library." for n in range(40)]
+TASK = {"labels": ["games", "libs", "science", "text"]}
+NATIVE = {"backend": "native", "device": "cpu", "cache_gib": 0.2}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("serve")
+    with running_server(write_config(folder, engine=NATIVE), ray_address) as running:
+        yield running
+
+
+def test_a_server_answers_streams_and_says_when_it_is_ready(server: RunningServer) -> None:
+    client = server.openai()
+    values = {"model": MODEL, "messages": TURNS, "max_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**values).choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**values, stream=True)
+    ]
+    assert "".join(pieces) == whole
+    assert len([piece for piece in pieces if piece]) > 3, "it comes as it is written"
+    with server.http() as http:
+        assert http.get("/readyz").json() == {"status": "ready"}
+    with server.http("wrong") as http:
+        assert http.get("/healthz").json() == {"status": "ok"}
+        assert http.get("/v1/models").status_code == 401
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("joined_ray")
+def test_rows_are_those_of_the_job(server: RunningServer, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "packages.jsonl"
+    source.parent.mkdir()
+    source.write_text(
+        "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS))
+    )
+    config = parse_config(
+        {
+            "source": {"path": str(source), "format": "jsonl", "keep_columns": ["n"]},
+            "task": {"kind": "classify", **TASK},
+            "engine": NATIVE,
+            "sink": {"path": str(tmp_path / "out")},
+        }
+    )
+    assert run_job(config).exit_code == 0
+    expected = read_results(str(tmp_path / "out")).to_pylist()
+    with server.http() as http:
+        form = {"file": (source.name, source.read_bytes())}
+        file_id = http.post("/v1/files", files=form, data={"purpose": "batch"}).json()["id"]
+        body = {"input_file_id": file_id, "task": TASK, "keep_columns": ["n"]}
+        batch = ended(server, http.post("/v1/classify", json=body).json()["id"])
+        lines = http.get(f"/v1/files/{batch.output_file_id}/content").text.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [without_scores(row) for row in rows] == [without_scores(row) for row in expected]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["confidence"] == pytest.approx(wanted["confidence"], abs=1e-4)
+
+
+def without_scores(row: dict[str, Any]) -> dict[str, Any]:
+    """Likelihoods differ in their last digits with what stands beside them in a step."""
+    return {name: value for name, value in row.items() if name not in ("confidence", "scores")}
+
+
+def ended(server: RunningServer, batch_id: str) -> Any:
+    client = server.openai()
+    wait_until(lambda: client.batches.retrieve(batch_id).completed_at is not None, 600)
+    return client.batches.retrieve(batch_id)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("joined_ray")
+def test_who_leaves_stops_the_work(server: RunningServer) -> None:
+    """A long answer, streamed and not, and its caller gone: the engine makes no more steps."""
+    handle = serve.get_deployment_handle("engine", "granite-ray")
+
+    def num_steps() -> int:
+        return handle.num_steps.remote().result(timeout_s=60)
+
+    def stands_still() -> bool:
+        steps = num_steps()
+        time.sleep(1)
+        return num_steps() == steps
+
+    values = {"model": MODEL, "messages": TURNS, "max_tokens": 1500, "temperature": 2, "seed": 1}
+    for is_streamed in (True, False):
+        before = num_steps()
+        client = server.openai(max_retries=0, timeout=2.0)
+        if is_streamed:
+            stream = client.chat.completions.create(**values, stream=True)
+            next(iter(stream))
+            stream.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.chat.completions.create(**values)
+        assert num_steps() > before
+        wait_until(stands_still, 30)
+        assert num_steps() - before < 6 * 1500 / 2, "it ended long before its last token"
+
+
+@pytest.mark.slow
+def test_killed_replicas_lose_no_batch_and_callers_may_try_again(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, engine={"backend": "fake", "fake_tokens_per_s": 2000, "num_replicas": 2}
+    )
+    with running_server(config) as server:
+        batch_id = begin_batch(server)
+        client = server.openai(max_retries=0)
+        errors, answers = [], []
+
+        def ask(number: int) -> None:
+            turns = [{"role": "user", "content": f"Question {number}"}]
+            try:
+                values = {"model": MODEL, "messages": turns, "max_tokens": 30}
+                answers.append(client.chat.completions.create(**values))
+            except openai.APIStatusError as error:
+                errors.append(error)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, number) for number in range(80)]
+            time.sleep(2)
+            server.actors("engine")[0].kill()
+            concurrent.futures.wait(asked)
+        assert len(answers) + len(errors) == 80
+        assert {error.status_code for error in errors} <= {503, 429, 504}
+        assert all("retry-after" in error.response.headers for error in errors)
+        batch = ended(server, batch_id)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (200, 0)
+        wait_until(lambda: len(server.actors("engine")) == 2, 300)
+
+
+@pytest.mark.slow
+def test_a_restarted_server_goes_on_with_its_batches_and_drains(tmp_path: Path) -> None:
+    engine = {"backend": "fake", "fake_tokens_per_s": 1000}
+    config = write_config(tmp_path, engine=engine)
+    with running_server(config) as server:
+        batch_id = begin_batch(server)
+        client = server.openai()
+        wait_until(lambda: client.batches.retrieve(batch_id).request_counts.completed > 0, 300)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            values = {"model": MODEL, "messages": TURNS, "max_tokens": 30}
+            last = pool.submit(client.chat.completions.create, **values)
+            time.sleep(0.5)
+            assert stop(server.process) == 0
+            assert last.result().choices, "what was accepted is answered before the end"
+    with running_server(config) as server:
+        batch = ended(server, batch_id)
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (200, 0)
+        lines = server.openai().files.content(batch.output_file_id).text.splitlines()
+        assert [json.loads(line)["custom_id"] for line in lines] == [f"c{n}" for n in range(200)]
+
+
+def begin_batch(server: RunningServer) -> str:
+    lines = [
+        {
+            "custom_id": f"c{number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"model": MODEL, "messages": TURNS, "max_tokens": 20, "seed": number},
+        }
+        for number in range(200)
+    ]
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    client = server.openai()
+    file = client.files.create(file=("in.jsonl", data), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    return batch.id
