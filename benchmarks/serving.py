@@ -76,7 +76,9 @@ async def load(ask: Ask, concurrency: int, num_requests: int) -> Timing:
 
 async def bare(levels: list[int], options: argparse.Namespace) -> dict[int, Timing]:
     config = parse_section(ServerConfig, {"engine": ENGINE}, Path())
-    answerer = Answerer(open_checkpoint(config.model), config, make_engine, options.threads)
+    checkpoint = open_checkpoint(config.model)
+    engine = make_engine(checkpoint, config.model, config.engine, options.threads)
+    answerer = Answerer(checkpoint, config, engine)
 
     async def ask(number: int) -> int:
         sampling = SamplingParams(options.tokens, seed=number)

@@ -187,8 +187,7 @@ def size_replicas(engine: EngineConfig) -> ReplicaResources:
     """Return what replicas may take of the cluster as it is now, without waiting for more."""
     had = ray.cluster_resources()
     wanted = _replica_resources(engine, had)
-    threads = _threads_of(wanted, had, wanted.most)
-    return ReplicaResources(wanted.num_cpus, wanted.num_gpus, wanted.least, wanted.most, threads)
+    return replace(wanted, num_threads=_threads_of(wanted, had, wanted.most))
 
 
 def _most_replicas(engine: EngineConfig) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -25,12 +25,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from granite_ray.checkpoint import Checkpoint
 from granite_ray.engine.factory import Engine
-from granite_ray.engine.requests import Future, check_fits, fail, settle
+from granite_ray.engine.requests import Future, OnToken, check_fits, fail, settle
 from granite_ray.errors import GraniteRayError, InfrastructureError
 from granite_ray.parallel.balance import RankBalance
 from granite_ray.parallel.place import RankPlace
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
-from granite_ray.stages import StageContext, local_checkpoint
+from granite_ray.stages import ReplicaContext, local_checkpoint
 from granite_ray.tokenizer import load_tokenizer
 
 PLACING_SHARE = 0.5
@@ -56,7 +56,7 @@ def wait_passively() -> None:
 class RankWorker:
     """The actor that holds one rank."""
 
-    def __init__(self, context: StageContext) -> None:
+    def __init__(self, context: ReplicaContext) -> None:
         wait_passively()
         self._context = context
         self._engine: Engine | None = None
@@ -88,16 +88,22 @@ class RankWorker:
         )
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        grammar: Grammar | None,
+        is_interactive: bool,
     ) -> Completion:
         """Continue a prompt on this rank."""
         assert self._engine is not None, "not loaded"
-        return await self._engine.generate(prompt, sampling, grammar)
+        return await self._engine.generate(prompt, sampling, grammar, is_interactive=is_interactive)
 
-    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+    async def score(
+        self, prompt: Prompt, choices: Sequence[tuple[int, ...]], is_interactive: bool
+    ) -> list[float]:
         """Weigh choices on this rank."""
         assert self._engine is not None, "not loaded"
-        return await self._engine.score(prompt, choices)
+        return await self._engine.score(prompt, choices, is_interactive=is_interactive)
 
     def beat(self) -> tuple[int, int]:
         """Return the steps made, and prompt tokens found computed, so far.
@@ -130,7 +136,7 @@ class RankedEngine:
 
     def __init__(
         self,
-        context: StageContext,
+        context: ReplicaContext,
         checkpoint: Checkpoint,
         bundle: Mapping[str, float],
         num_threads: int | None,
@@ -157,21 +163,37 @@ class RankedEngine:
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, grammar: Grammar | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        grammar: Grammar | None = None,
+        *,
+        is_interactive: bool = False,
+        on_token: OnToken | None = None,
     ) -> Completion:
-        """Continue `prompt`; see `LLM`."""
+        """Continue `prompt`; see `Engine`. `on_token` hears of all tokens at once, at the end."""
 
         def call(worker: Any) -> Any:
-            return worker.generate.remote(prompt, sampling, grammar)
+            return worker.generate.remote(prompt, sampling, grammar, is_interactive)
 
         completion: Completion = await self._ask(prompt, sampling.max_tokens, call)
+        if on_token is not None:
+            logprobs = completion.logprobs or (None,) * len(completion.token_ids)
+            for token_id, logprob in zip(completion.token_ids, logprobs, strict=True):
+                on_token(token_id, logprob)
         return completion
 
-    async def score(self, prompt: Prompt, choices: Sequence[tuple[int, ...]]) -> list[float]:
+    async def score(
+        self,
+        prompt: Prompt,
+        choices: Sequence[tuple[int, ...]],
+        *,
+        is_interactive: bool = False,
+    ) -> list[float]:
         """Return the log-probability of each choice right after `prompt`; see `LLM`."""
 
         def call(worker: Any) -> Any:
-            return worker.score.remote(prompt, choices)
+            return worker.score.remote(prompt, choices, is_interactive)
 
         scores: list[float] = await self._ask(prompt, max(map(len, choices), default=0), call)
         return scores
@@ -226,7 +248,7 @@ class RankedEngine:
     def _start(
         self,
         placement: PlacementGroup,
-        context: StageContext,
+        context: ReplicaContext,
         bundle: Mapping[str, float],
         num_threads: int | None,
     ) -> None:
@@ -272,8 +294,8 @@ class RankedEngine:
             fail(answer, InfrastructureError(str(self.failure)))
 
 
-def remove_ranks(run_id: str) -> None:
-    """Remove all ranks of a run, if Ray still answers.
+def remove_ranks(run_id: str, living: Collection[str] = ()) -> None:
+    """Remove all ranks of a run but those of `living` actors (ids), if Ray still answers.
 
     Ray keeps their room until the job ends, also where the actor that asked for it was killed.
     """
@@ -281,7 +303,9 @@ def remove_ranks(run_id: str) -> None:
     def remove() -> None:
         with suppress(Exception):  # the head may be gone, and the run ends with that error
             for group in ray.util.placement_group_table().values():
-                if group["name"].startswith(_prefix(run_id)) and group["state"] != "REMOVED":
+                prefix, _, actor_id = group["name"].rpartition(" ")
+                is_ours = f"{prefix} " == _prefix(run_id) and actor_id not in living
+                if is_ours and group["state"] != "REMOVED":
                     _remove(group["name"])
 
     remover = threading.Thread(target=remove, name="remover", daemon=True)

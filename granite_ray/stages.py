@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
-from granite_ray.config import EngineConfig, JobConfig, ModelConfig
+from granite_ray.config import EngineConfig, JobConfig, JobSection, ModelConfig
 from granite_ray.engine.factory import Engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.commit import Generation, commit_shard, file_path
@@ -51,6 +51,30 @@ class MakeEngine(Protocol):
     ) -> Engine:
         """Build it; see `factory.make_engine`."""
         ...
+
+
+class EngineSections(Protocol):
+    """What a replica reads of a config: a job's, or a server's."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def engine(self) -> EngineConfig: ...
+    @property
+    def job(self) -> JobSection: ...
+
+
+class ReplicaContext(Protocol):
+    """What a replica's engine needs of its surroundings; it is pickled to every rank."""
+
+    @property
+    def config(self) -> EngineSections: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def make_engine(self) -> MakeEngine: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +167,8 @@ def _tokenizer(path: str) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def local_checkpoint(context: StageContext) -> Checkpoint:
-    """Return the job's checkpoint where this node can read it; a hub id may be downloaded here."""
+def local_checkpoint(context: ReplicaContext) -> Checkpoint:
+    """Return the checkpoint where this node can read it; a hub id may be downloaded here."""
     config, planned = context.config, context.checkpoint
     if all(Path(path).is_dir() for path in (planned.path, planned.tokenizer_path)):
         return planned

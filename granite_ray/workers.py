@@ -41,6 +41,7 @@ from granite_ray.programs import (
 from granite_ray.ranks import RankedEngine, wait_passively
 from granite_ray.records import Result
 from granite_ray.stages import (
+    ReplicaContext,
     ShardWork,
     StageContext,
     local_checkpoint,
@@ -59,6 +60,16 @@ LAST_WORDS_S = 5.0
 """How long a replica that ends itself tries to tell the journal why."""
 
 logger = logging.getLogger(__name__)
+
+
+def start_engine(
+    context: ReplicaContext, checkpoint: Checkpoint, resources: ReplicaResources
+) -> Engine:
+    """Start a replica's engine: in this process, or where ranks share it in theirs."""
+    config, num_threads = context.config, resources.num_threads
+    if resources.rank_bundle is None:
+        return context.make_engine(checkpoint, config.model, config.engine, num_threads)
+    return RankedEngine(context, checkpoint, resources.rank_bundle, num_threads)
 
 
 class ReplicaWorker:
@@ -99,20 +110,11 @@ class ReplicaWorker:
         wait_passively()
         set_up_logging(contexts[0].config.job)
         config, checkpoint = contexts[0].config, local_checkpoint(contexts[0])
-        self.engine = self._start_engine(contexts[0], checkpoint, resources)
+        self.engine = start_engine(contexts[0], checkpoint, resources)
         self.llm = CountingLLM(self.engine)
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         limits = task_limits(config, checkpoint)
         self.tasks = [make_task(context.config.task, tokenizer, limits) for context in contexts]
-
-    def _start_engine(
-        self, context: StageContext, checkpoint: Checkpoint, resources: ReplicaResources
-    ) -> Engine:
-        """Start the engine: in this process, or where ranks share it in theirs."""
-        config, num_threads = context.config, resources.num_threads
-        if resources.rank_bundle is None:
-            return context.make_engine(checkpoint, config.model, config.engine, num_threads)
-        return RankedEngine(context, checkpoint, resources.rank_bundle, num_threads)
 
     async def __call__(self, block: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every document of one shard, as the journal says it is to be tried."""

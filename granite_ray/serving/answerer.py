@@ -1,13 +1,13 @@
 """All that one replica answers: a checkpoint's engine behind the calls of the gateway."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import pyarrow as pa
 
 from granite_ray.checkpoint import Checkpoint
-from granite_ray.config import EngineConfig, ModelConfig, ServerConfig
+from granite_ray.config import ServerConfig
 from granite_ray.engine.factory import Engine
 from granite_ray.errors import InfrastructureError
 from granite_ray.programs import StallWatch
@@ -16,25 +16,13 @@ from granite_ray.serving.calls import CompletionCall, Delta, DocumentsCall, Refu
 from granite_ray.serving.completing import Completer
 from granite_ray.tokenizer import load_tokenizer
 
-MakeEngine = Callable[[Checkpoint, ModelConfig, EngineConfig, int | None], Engine]
-
 
 class Answerer:
-    """One replica's engine, loaded once; see `Replicas` for what its methods promise.
+    """One replica's engine, loaded already; see `Replicas` for what its methods promise."""
 
-    Raises:
-        ConfigError: The weights, the device or the memory do not do.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ServerConfig,
-        make_engine: MakeEngine,
-        num_threads: int | None = None,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: ServerConfig, engine: Engine) -> None:
         self._config = config
-        self._engine = make_engine(checkpoint, config.model, config.engine, num_threads)
+        self._engine = engine
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         longest = checkpoint.max_model_len
         self._completer = Completer(self._engine, tokenizer, longest)
@@ -72,8 +60,9 @@ class Answerer:
 
     async def check(self) -> None:
         """Raise InfrastructureError where the engine is broken or hangs."""
-        if self._error is not None:
-            raise self._error
+        broken = self._engine.failure or self._error
+        if broken is not None:
+            raise InfrastructureError(str(broken))
         if self._stall.look(time.monotonic(), self._num_in_flight, self._engine.num_steps):
             raise InfrastructureError(
                 f"The engine hangs: {self._num_in_flight} calls are in flight, and it has made no "

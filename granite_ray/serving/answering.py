@@ -108,7 +108,8 @@ class DocumentAnswerer:
         self._tokenizer = tokenizer
         self._name = name
         self._chunking = config.chunking
-        capacity = STEPS_ADMITTED * config.engine.max_num_batched_tokens
+        num_ranks = config.engine.expert_parallel_size
+        capacity = STEPS_ADMITTED * num_ranks * config.engine.max_num_batched_tokens
         # One gate each: documents of batches must not stand in line before interactive ones.
         self._ways = {
             is_interactive: (

@@ -5,7 +5,9 @@ Thin shells around `app` and `answerer`. `build` is the import path for `serve d
 
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from granite_ray.config import ServerConfig, load_server_config
 from granite_ray.engine.factory import make_engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.storage import absolute, open_storage
+from granite_ray.ranks import remove_ranks, wait_passively
 from granite_ray.serving.answerer import Answerer
 from granite_ray.serving.answering import TaskCache
 from granite_ray.serving.calls import (
@@ -35,8 +38,9 @@ from granite_ray.serving.guard import App
 from granite_ray.serving.keys import load_keys
 from granite_ray.serving.remote import RemoteReplicas
 from granite_ray.serving.routes import make_app
+from granite_ray.stages import MakeEngine, local_checkpoint
 from granite_ray.tokenizer import load_tokenizer
-from granite_ray.workers import wait_passively
+from granite_ray.workers import start_engine
 
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
@@ -47,21 +51,32 @@ GATEWAY_CPUS = 0.5
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """What a replica needs of its surroundings; see `ReplicaContext`."""
+
+    config: ServerConfig
+    checkpoint: Checkpoint
+    run_id: str
+    make_engine: MakeEngine
+
+
 class GraniteDeployment:
     """One replica: the model is loaded once, and everything in flight shares its engine."""
 
-    def __init__(
-        self, config: ServerConfig, checkpoint: Checkpoint, num_threads: int | None
-    ) -> None:
+    def __init__(self, context: ServerContext, resources: ReplicaResources) -> None:
         wait_passively()
-        found = open_checkpoint(config.model, weights_needed=config.engine.backend != "fake")
-        if found.identity != checkpoint.identity:
-            raise ConfigError(
-                f"model.path {config.model.path} is another checkpoint on node "
-                f"{ray.util.get_node_ip_address()} than where the server was built. Give every "
-                "node the same."
-            )
-        self._answerer = Answerer(found, config, make_engine, num_threads)
+        if resources.rank_bundle is not None:
+            # Ray keeps the room of ranks whose replica was killed, and nobody could have it.
+            remove_ranks(context.run_id, living=_living_actors())
+        checkpoint = local_checkpoint(context)
+        self._engine = start_engine(context, checkpoint, resources)
+        self._answerer = Answerer(checkpoint, context.config, self._engine)
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)  # none where the constructor failed
+        if engine is not None:
+            engine.shutdown()
 
     async def complete(self, call: CompletionCall, *, is_interactive: bool) -> Reply | Refusal:
         """Answer at once."""
@@ -111,6 +126,15 @@ class GatewayDeployment:
         return make_app(self._gateway)
 
 
+def _living_actors() -> frozenset[str]:
+    """Return the ids of all actors with a name that live, all replicas among them."""
+    handles = [
+        ray.get_actor(actor["name"], actor["namespace"])
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+    ]
+    return frozenset(handle._actor_id.hex() for handle in handles)
+
+
 def _log_beside_serve() -> None:
     """Write our log, the request log in it, where Serve writes its own."""
     own = logging.getLogger("granite_ray")
@@ -153,7 +177,8 @@ def make_application(config: ServerConfig) -> serve.Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": GATEWAY_CPUS},
     )
-    replicas = engine(GraniteDeployment).bind(config, checkpoint, resources.num_threads)
+    context = ServerContext(config, checkpoint, uuid.uuid4().hex[:12], make_engine)
+    replicas = engine(GraniteDeployment).bind(context, resources)
     application: serve.Application = gateway(GatewayDeployment).bind(config, model, replicas)
     return application
 

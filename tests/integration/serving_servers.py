@@ -86,13 +86,17 @@ def running_server(config: Path, address: str | None = None) -> Iterator[Running
                 is_told.set()
         is_told.set()
 
-    threading.Thread(target=read, daemon=True).start()
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
     try:
         assert is_told.wait(START_S), "".join(lines)
         assert found, "".join(lines)
         yield RunningServer(process, lines, found[0])
     finally:
         stop(process)
+        reader.join(30)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def stop(process: subprocess.Popen[str], timeout_s: float = 120) -> int:

@@ -93,7 +93,9 @@ def answerers(checkpoint: Checkpoint) -> Iterator[Callable[..., Answerer]]:
     def load(config: ServerConfig) -> Answerer:
         key = f"{config.engine} {config.chunking}"
         if key not in loaded:
-            loaded[key] = Answerer(checkpoint, config, make_engine, 1)
+            loaded[key] = Answerer(
+                checkpoint, config, make_engine(checkpoint, config.model, config.engine, 1)
+            )
         return loaded[key]
 
     yield load

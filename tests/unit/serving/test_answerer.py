@@ -23,7 +23,7 @@ def call(number, max_tokens=12):
 def narrow(checkpoint):
     """A replica that runs one sequence at a time."""
     config = server_config({"engine": {**NATIVE, "max_num_seqs": 1}})
-    answerer = Answerer(checkpoint, config, make_engine, 1)
+    answerer = Answerer(checkpoint, config, make_engine(checkpoint, config.model, config.engine, 1))
     yield answerer
     answerer.shutdown()
 
@@ -97,7 +97,7 @@ def test_a_call_that_takes_too_long_is_ended_and_so_is_its_work(serve):
 
 def test_a_broken_engine_is_unhealthy_and_callers_may_try_again(checkpoint, serve):
     config = server_config({"engine": NATIVE})
-    answerer = Answerer(checkpoint, config, make_engine, 1)
+    answerer = Answerer(checkpoint, config, make_engine(checkpoint, config.model, config.engine, 1))
     server = serve(answerer)
     asyncio.run(answerer.check())
     answerer.shutdown()
@@ -118,7 +118,7 @@ def test_a_broken_engine_is_unhealthy_and_callers_may_try_again(checkpoint, serv
 def test_an_engine_that_makes_no_step_is_unhealthy(checkpoint):
     engine = {"backend": "fake", "fake_tokens_per_s": 1.0}
     config = server_config({"engine": engine, "job": {"scheduling_timeout_s": 0.05}})
-    answerer = Answerer(checkpoint, config, make_engine, 1)
+    answerer = Answerer(checkpoint, config, make_engine(checkpoint, config.model, config.engine, 1))
 
     async def run():
         # This engine counts a step a second while it takes its time.
