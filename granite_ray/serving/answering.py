@@ -15,7 +15,7 @@ from granite_ray.engine.factory import Engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.sinks import result_table
 from granite_ray.prepare import check_chunk_limits, documents_of, prepare_shard
-from granite_ray.programs import Attempt, ReplicaGate, ShardWatch, run_programs
+from granite_ray.programs import Attempt, Program, ReplicaGate, ShardWatch, run_programs
 from granite_ray.records import (
     RAW_FIELDS,
     Completion,
@@ -136,7 +136,8 @@ class DocumentAnswerer:
         llm, gate = self._ways[is_interactive]
         deadly = frozenset(range(len(documents)) if call.is_deadly else ())
         attempt = Attempt("together", deadly)
-        results = await run_programs(documents, task, llm, gate, attempt, UNWATCHED)
+        programs = [Program(document, task, llm) for document in documents]
+        results = await run_programs(programs, gate, attempt, UNWATCHED)
         schema = rows_schema(task, list(call.raw.schema)[len(RAW_FIELDS) :], self._name)
         return await asyncio.to_thread(result_table, prepared, results, schema)
 
