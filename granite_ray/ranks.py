@@ -5,8 +5,6 @@ eight devices of a cluster, and each would wait for ever for its second one.
 """
 
 import asyncio
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,13 +22,13 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from granite_ray.checkpoint import Checkpoint
-from granite_ray.engine.factory import Engine
 from granite_ray.engine.requests import Future, OnToken, check_fits, fail, settle
-from granite_ray.errors import GraniteRayError, InfrastructureError
+from granite_ray.errors import InfrastructureError
 from granite_ray.parallel.balance import RankBalance
-from granite_ray.parallel.place import RankPlace
+from granite_ray.rank_worker import RankWorker
+from granite_ray.ray_errors import own_error
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
-from granite_ray.stages import ReplicaContext, local_checkpoint
+from granite_ray.stages import ReplicaContext
 from granite_ray.tokenizer import load_tokenizer
 
 PLACING_SHARE = 0.5
@@ -41,80 +39,6 @@ ANSWER_S = 5.0
 """How long Ray's head may take to remove what a run has left."""
 MAX_CALLS = 10_000
 """Calls that one rank takes in at once; more wait their turn."""
-
-logger = logging.getLogger(__name__)
-
-
-def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait. Call it before torch is loaded.
-
-    They spin by default, which on busy cores makes one batch take twenty times as long as another.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-class RankWorker:
-    """The actor that holds one rank."""
-
-    def __init__(self, context: ReplicaContext) -> None:
-        wait_passively()
-        self._context = context
-        self._engine: Engine | None = None
-        self._meeting: Any = None
-
-    def open_meeting(self) -> tuple[str, int]:
-        """Return where the ranks meet; the leader's process holds the place open."""
-        host = ray.util.get_node_ip_address()
-        if self._context.config.engine.backend == "fake":
-            return host, 0  # it shares nothing
-        from granite_ray.parallel.groups import open_meeting  # loads torch
-
-        self._meeting, port = open_meeting(host, self._context.config.job.scheduling_timeout_s)
-        return host, port
-
-    def load(self, rank: int, meeting: tuple[str, int], num_threads: int | None) -> None:
-        """Build this rank's engine; comes back when those of all ranks are built."""
-        config = self._context.config
-        place = RankPlace(
-            rank=rank,
-            size=config.engine.expert_parallel_size,
-            host=ray.util.get_node_ip_address(),
-            meeting=meeting,
-            patience_s=config.job.scheduling_timeout_s,
-            timeout_s=config.engine.rank_timeout_s,
-        )
-        self._engine = self._context.make_engine(
-            local_checkpoint(self._context), config.model, config.engine, num_threads, place
-        )
-
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        grammar: Grammar | None,
-        is_interactive: bool,
-    ) -> Completion:
-        """Continue a prompt on this rank."""
-        assert self._engine is not None, "not loaded"
-        return await self._engine.generate(prompt, sampling, grammar, is_interactive=is_interactive)
-
-    async def score(
-        self, prompt: Prompt, choices: Sequence[tuple[int, ...]], is_interactive: bool
-    ) -> list[float]:
-        """Weigh choices on this rank."""
-        assert self._engine is not None, "not loaded"
-        return await self._engine.score(prompt, choices, is_interactive=is_interactive)
-
-    def beat(self) -> tuple[int, int]:
-        """Return the steps made, and prompt tokens found computed, so far.
-
-        Raises:
-            InfrastructureError: If the engine has failed.
-        """
-        assert self._engine is not None, "not loaded"
-        if self._engine.failure is not None:
-            raise self._engine.failure
-        return self._engine.num_steps, self._engine.num_cached_tokens
 
 
 class RankedEngine:
@@ -282,7 +206,7 @@ class RankedEngine:
             try:
                 told = _wait_for(beats, time.monotonic() + self._rank_timeout_s)
                 self.num_steps, self.num_cached_tokens = map(sum, zip(*told, strict=True))
-            except GraniteRayError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the replica is of no use
                 self._fail(InfrastructureError(f"A rank of the replica was lost: {error}"))
 
     def _fail(self, error: InfrastructureError) -> None:
@@ -335,7 +259,7 @@ def _wait_for(references: list[Any], deadline: float) -> list[Any]:
         try:
             ray.get(done)
         except ray.exceptions.RayError as error:
-            raise _own(error) from error
+            raise own_error(error) from error
     values: list[Any] = ray.get(references)
     return values
 
@@ -349,14 +273,4 @@ def _pass_on(answer: Future[Any], done: Future[Any]) -> None:
     if error is None:
         settle(answer, done.result())
     else:
-        fail(answer, _own(error))
-
-
-def _own(error: BaseException) -> Exception:
-    """Return what a rank raised, out of what Ray made of it."""
-    while isinstance(error, ray.exceptions.RayTaskError):
-        error = error.cause
-    if isinstance(error, ray.exceptions.RayError) or not isinstance(error, Exception):
-        words = str(error).strip().partition("\n")[0]
-        return InfrastructureError(f"A rank has gone: {words or type(error).__name__}")
-    return error
+        fail(answer, own_error(error))

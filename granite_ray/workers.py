@@ -38,7 +38,8 @@ from granite_ray.programs import (
     StallWatch,
     run_programs,
 )
-from granite_ray.ranks import RankedEngine, wait_passively
+from granite_ray.rank_worker import wait_passively
+from granite_ray.ranks import RankedEngine
 from granite_ray.records import Result
 from granite_ray.stages import (
     ReplicaContext,

@@ -104,7 +104,7 @@ def settle(future: Future[Answer], answer: Answer) -> None:
         future.set_result(answer)
 
 
-def fail(future: Future[Any], error: Exception) -> None:
+def fail(future: Future[Any], error: BaseException) -> None:
     """Raise `error` where the caller waits, unless it stopped waiting in this moment."""
     with suppress(concurrent.futures.InvalidStateError):
         future.set_exception(error)

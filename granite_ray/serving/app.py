@@ -22,7 +22,8 @@ from granite_ray.config import ServerConfig, load_server_config
 from granite_ray.engine.factory import make_engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.storage import absolute, open_storage
-from granite_ray.ranks import remove_ranks, wait_passively
+from granite_ray.rank_worker import wait_passively
+from granite_ray.ranks import remove_ranks
 from granite_ray.serving.answerer import Answerer
 from granite_ray.serving.answering import TaskCache
 from granite_ray.serving.calls import (
