@@ -29,19 +29,24 @@ MONITORING = {"PodMonitor", "PrometheusRule"}
 Document = dict[str, Any]
 
 
+def render(overlay: str) -> list[Document]:
+    """The documents of an overlay, as kustomize makes them."""
+    return render_folder(DEPLOY / "overlays" / overlay)
+
+
+def render_folder(folder: Path) -> list[Document]:
+    """The documents of a folder with a kustomization."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl, which renders the overlays, is not installed")
+    return [document for document in yaml.safe_load_all(_rendered(folder)) if document]
+
+
 @lru_cache
-def _rendered(overlay: str) -> str:
-    command = ["kubectl", "kustomize", str(DEPLOY / "overlays" / overlay)]
+def _rendered(folder: Path) -> str:
+    command = ["kubectl", "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def render(overlay: str) -> list[Document]:
-    """The documents of an overlay, as kustomize makes them."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl, which renders the overlays, is not installed")
-    return [document for document in yaml.safe_load_all(_rendered(overlay)) if document]
 
 
 def pick(documents: list[Document], kind: str, name: str) -> Any:

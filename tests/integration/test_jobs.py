@@ -18,7 +18,7 @@ from granite_ray.errors import ConfigError
 from granite_ray.io.lease import Lease
 from granite_ray.io.storage import open_storage
 from tests.corpus import job_values, make_config, make_text, write_corpus, write_file
-from tests.faults import TracedEngines
+from tests.faults import POISON, TracedEngines
 from tests.invariants import check_output, report_of, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(600)]
@@ -113,6 +113,22 @@ def test_a_job_of_which_too_many_fail_ends_and_the_others_go_on(tmp_path: Path) 
     assert codes(ended) == [0, 4]
     check_output(out / "summaries", 240)
     assert not (out / "failing" / "_SUCCESS.json").exists()
+
+
+@pytest.mark.slow
+def test_a_document_that_kills_its_worker_costs_each_job_its_own_row(tmp_path: Path) -> None:
+    source, out, trace = tmp_path / "in", tmp_path / "out", tmp_path / "trace"
+    trace.mkdir()
+    texts = [make_text(n) if n != 7 else f"Document 7. {POISON}" for n in range(20)]
+    write_file(source / "a.parquet", range(20), texts)
+    summaries, _, long = jobs(source, out)
+    ended = run_jobs([summaries, long], make_engine=TracedEngines(str(trace)))
+    assert codes(ended) == [3, 3]
+    for name in ("summaries", "long"):
+        rows = check_output(out / name, 20)
+        assert [row["error_type"] for row in rows] == [
+            "worker_death" if n == 7 else None for n in range(20)
+        ]
 
 
 def test_jobs_that_do_not_ask_the_same_follow_one_another(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.deployments import (
     pick,
     pod_specs,
     render,
+    render_folder,
     rule_problems,
     schema_problems,
 )
@@ -173,6 +175,8 @@ def test_every_volume_account_and_config_that_is_named_is_there() -> None:
                         claim = volume["persistentVolumeClaim"]["claimName"]
                         assert ("PersistentVolumeClaim", claim) in there, overlay
                 for container in spec["containers"]:
+                    for source in container.get("envFrom", []):
+                        assert ("ConfigMap", source["configMapRef"]["name"]) in there
                     mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
                     assert mounted <= set(volumes), overlay
 
@@ -194,6 +198,32 @@ def test_every_config_that_a_job_names_is_mounted_and_loads(
         path = tmp_path / name
         path.write_text(configs[name])
         assert load_config(path, logical_date=date(2026, 1, 31)).job.log_format == "json"
+
+
+def test_an_overlay_of_ones_own_needs_a_few_lines(tmp_path: Path) -> None:
+    """The one in deploy/README.md, with the two files that it names."""
+    readme = (DEPLOY / "README.md").read_text()
+    [written] = re.findall(r"```yaml\n# mine/kustomization.yaml\n(.*?)```", readme, re.S)
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(written)
+    for name in ("summaries", "classes"):
+        (mine / f"{name}.yaml").write_text("mine: true\n")
+    documents = render_folder(mine)
+    assert rule_problems(documents) == []
+    environment = pick(documents, "ConfigMap", "granite-env")["data"]
+    assert environment["DOCUMENTS"] == "s3://acme/in"
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
+    jobs = pick(documents, "ConfigMap", "granite-jobs")["data"]
+    assert jobs["summaries.yaml"] == "mine: true\n"
+    images = {
+        container["image"]
+        for document in documents
+        for spec in pod_specs(document)
+        for container in spec["containers"]
+    }
+    assert images == {"REGISTRY/granite-ray:0.1.0-cuda"}
 
 
 def test_the_version_of_ray_is_the_same_everywhere() -> None:
