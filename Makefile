@@ -44,7 +44,7 @@ lock: .venv/installed
 	$(BIN)/python -m pip install --quiet uv
 	echo "$(TORCH)" > .venv/torch.txt
 	$(call LOCK,--extra dev,requirements.lock)
-	$(call LOCK,,deploy/requirements.lock)
+	$(call LOCK,--extra serve,deploy/requirements.lock)
 
 define LOCK
 $(BIN)/uv pip compile pyproject.toml $(1) --universal --python-version 3.11 \

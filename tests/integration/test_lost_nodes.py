@@ -79,7 +79,7 @@ def test_a_job_spreads_over_its_nodes_while_one_comes_and_one_goes(tmp_path: Pat
         places = {cluster.node_of(pid) for pid, _ in engines.replicas()}
         assert {1, 2} <= places, "the replicas are spread over the nodes"
         added = cluster.start_node(2)
-        cluster.kill(1, "raylet")
+        cluster.kill(2, "raylet")  # the driver is on another
         wait_until(lambda: added in {cluster.node_of(pid) for pid, _ in engines.replicas()}, run)
         assert run.wait(400) == 0, run.output()
     check_output(sink, NUM_DOCUMENTS)
