@@ -2,9 +2,14 @@
 
 import os
 
-from engines.exchange import Answer, Measure, read_assignment, time_measures
+from engines.exchange import Answer, Measure, Request, read_assignment, time_measures
 
 GIB_FOR_KEYS_AND_VALUES = 4
+END_TOKEN_ID = 0
+
+
+def without_end(token_ids: list[int]) -> list[int]:
+    return token_ids[:-1] if token_ids[-1:] == [END_TOKEN_ID] else token_ids
 
 
 def main() -> None:
@@ -16,10 +21,13 @@ def main() -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     from vllm import LLM, SamplingParams  # reads the environment when imported
+    from vllm.sampling_params import StructuredOutputsParams
 
+    requests = [request for measure in assignment.measures for request in measure.requests]
     llm = LLM(
         assignment.checkpoint_path,
-        skip_tokenizer_init=True,
+        # Without a tokenizer it is a little faster, but cannot hold answers to a form.
+        skip_tokenizer_init=all(request.has_fixed_length for request in requests),
         dtype="bfloat16",
         enforce_eager=True,
         enable_prefix_caching=True,
@@ -27,20 +35,28 @@ def main() -> None:
         seed=0,
     )
 
+    def form(request: Request) -> StructuredOutputsParams | None:
+        if request.labels:
+            return StructuredOutputsParams(choice=request.labels)
+        if request.json_schema is not None:
+            return StructuredOutputsParams(json=request.json_schema, disable_any_whitespace=True)
+        return None
+
     def run(measure: Measure) -> Answer:
         prompts = [{"prompt_token_ids": request.token_ids} for request in measure.requests]
         sampling = [
             SamplingParams(
                 temperature=0,
                 max_tokens=request.num_completion_tokens,
-                ignore_eos=True,
+                ignore_eos=request.has_fixed_length,
                 detokenize=False,
+                structured_outputs=form(request),
             )
             for request in measure.requests
         ]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         return Answer(
-            [list(output.outputs[0].token_ids) for output in outputs],
+            [without_end(list(output.outputs[0].token_ids)) for output in outputs],
             num_cached_tokens=sum(output.num_cached_tokens or 0 for output in outputs),
         )
 

@@ -13,7 +13,7 @@ from torch import nn
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.attention_parts import Heads
 from granite_ray.model.attention_plan import AttentionPlan
-from granite_ray.model.kernels import MAX_TOKENS, kernels_for
+from granite_ray.model.kernels import kernels_for
 from granite_ray.model.layers import Linear, rotate
 from granite_ray.model.workspace import Workspace
 
@@ -44,8 +44,7 @@ class Attention(nn.Module):
         qkv = workspace.take("qkv", (num_tokens, len(self.qkv_proj.weight)), x_TD)
         heads_TXA = self.qkv_proj(x_TD, qkv).view(num_tokens, -1, self.head_dim)
         if plan.rotation is not None:
-            kernels = self.kernels if num_tokens <= MAX_TOKENS else None
-            turn = rotate if kernels is None else kernels.rotate
+            turn = rotate if self.kernels is None else self.kernels.rotate
             turn(heads_TXA[:, : num_heads + num_kv_heads], *plan.rotation)
         queries_THA, keys_TGA, values_TGA = heads_TXA.split_with_sizes(
             [num_heads, num_kv_heads, num_kv_heads], dim=1

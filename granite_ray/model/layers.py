@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from granite_ray.model.kernels import MAX_TOKENS, kernels_for
+from granite_ray.model.kernels import MAX_TOKENS, CpuKernels, kernels_for
 from granite_ray.model.workspace import Workspace
 
 
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         shape = tuple(x_TD.shape)
-        if self.kernels is not None and len(x_TD) <= MAX_TOKENS:
+        if self.kernels is not None:
             out_TD = workspace.take("norm_out", shape, x_TD)
             self.kernels.norm(x_TD, self.weight, self.eps, out_TD)
             return out_TD
@@ -59,19 +59,25 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.input_linear = Linear(hidden_size, 2 * mlp_size)
         self.output_linear = Linear(mlp_size, hidden_size)
+        self.kernels = kernels_for(self.output_linear.weight, (mlp_size, 16))
 
     def forward(self, x_TD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         num_tokens, inner_size = len(x_TD), self.output_linear.weight.shape[1]
         gate_up = workspace.take("mlp_gate_up", (num_tokens, 2 * inner_size), x_TD)
         inner_TI = workspace.take("mlp_inner", (num_tokens, inner_size), x_TD)
         out_TD = workspace.take("mlp_out", tuple(x_TD.shape), x_TD)
-        activate(self.input_linear(x_TD, gate_up), inner_TI)
+        activate(self.input_linear(x_TD, gate_up), inner_TI, self.kernels)
         self.output_linear(inner_TI, out_TD)
         return out_TD
 
 
-def activate(gate_up: torch.Tensor, inner_TI: torch.Tensor) -> None:
-    """Write silu(gate) * up; overwrites the gate half."""
+def activate(
+    gate_up: torch.Tensor, inner_TI: torch.Tensor, kernels: CpuKernels | None = None
+) -> None:
+    """Write silu(gate) * up; may overwrite the gate half."""
+    if kernels is not None:
+        kernels.gate(gate_up, inner_TI)
+        return
     gate_TI, up_TI = gate_up.chunk(2, dim=-1)
     torch.mul(F.silu(gate_TI, inplace=True), up_TI, out=inner_TI)
 

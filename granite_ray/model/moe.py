@@ -116,7 +116,7 @@ def run_one_by_one(
         rows = slice(start, start + count)
         input_ID, output_DI = moe.input_linear.weight[expert], moe.output_linear.weight[expert]
         torch.mm(routed_RD[rows], input_ID.t(), out=gate_up[:count])
-        activate(gate_up[:count], inner_RI[:count])
+        activate(gate_up[:count], inner_RI[:count], moe.kernels)
         torch.mm(inner_RI[:count], output_DI.t(), out=out_RD[rows])
         start += count
 

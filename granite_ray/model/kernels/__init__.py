@@ -2,7 +2,7 @@
 
 A step of few tokens takes as long as its weights take to be read, and torch reads them at a third
 of the machine's rate (benchmarks/README.md). These kernels are for CPUs with AVX512-BF16 and a C
-compiler; elsewhere, for other dtypes and for many tokens at once, torch does the same.
+compiler; elsewhere and for other dtypes torch does the same, and it multiplies many tokens at once.
 
 `GRANITE_RAY_CPU_KERNELS=off` leaves them out.
 """

@@ -16,8 +16,9 @@ _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NUMBER, _THREADS = ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear": (*[_POINTER] * 3, *[_INTEGER] * 3, _THREADS),
-    "norm": (*[_POINTER] * 3, *[_INTEGER] * 2, _NUMBER),
-    "rotate": (_POINTER, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3),
+    "norm": (*[_POINTER] * 3, *[_INTEGER] * 2, _NUMBER, _THREADS),
+    "rotate": (_POINTER, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 3, _THREADS),
+    "gate": (*[_POINTER] * 2, *[_INTEGER] * 2, _THREADS),
     "route": (_POINTER, *[_INTEGER] * 3, *[_POINTER] * 2),
     "experts": (*[_POINTER] * 3, *[_INTEGER] * 3, *[_POINTER] * 4, *[_INTEGER] * 2, _THREADS),
     "mamba_step": (
@@ -92,7 +93,18 @@ class CpuKernels:
     ) -> None:
         """Write each token at unit mean square, times the weight."""
         self._library.norm(
-            x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), *x_TD.shape, eps
+            x_TD.data_ptr(),
+            weight_D.data_ptr(),
+            out_TD.data_ptr(),
+            *x_TD.shape,
+            eps,
+            torch.get_num_threads(),
+        )
+
+    def gate(self, gate_up: torch.Tensor, inner_TI: torch.Tensor) -> None:
+        """Write silu(gate) · up; `gate_up` is [T, 2I], gate half first."""
+        self._library.gate(
+            gate_up.data_ptr(), inner_TI.data_ptr(), *inner_TI.shape, torch.get_num_threads()
         )
 
     def rotate(self, heads_THA: torch.Tensor, cos_T1F: torch.Tensor, sin_T1F: torch.Tensor) -> None:
@@ -103,6 +115,7 @@ class CpuKernels:
             cos_T1F.data_ptr(),
             sin_T1F.data_ptr(),
             *heads_THA.shape,
+            torch.get_num_threads(),
         )
 
     def route(self, scores_TE: torch.Tensor, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,20 +33,45 @@ logger = logging.getLogger(__name__)
 
 @cache
 def load_kernels() -> CpuKernels | None:
-    """Compile the kernels or take what was compiled before; None where that cannot be, and why."""
+    """Load the kernels, compiled now if they have not been; None where that cannot be, and why."""
     if os.environ.get(SWITCH) == "off":
         return None
-    compiler = shutil.which(os.environ.get("CC", "cc"))
     if not _has_instructions():
         logger.info("no CPU kernels: they need %s", ", ".join(NEEDED))
-    elif compiler is None:
-        logger.warning("no CPU kernels, decoding is slower: install a C compiler, such as gcc")
-    else:
-        try:
-            return CpuKernels(ctypes.CDLL(str(_compiled(compiler))))
-        except (OSError, subprocess.SubprocessError) as error:
-            logger.warning("no CPU kernels, decoding is slower: %s", _reason(error))
-    return None
+        return None
+    try:
+        return CpuKernels(ctypes.CDLL(str(_find_library())))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or str(error)  # the compiler's own words say more
+        logger.warning("no CPU kernels, decoding is slower: %s", str(told).strip())
+        return None
+
+
+def compile_kernels(folder: Path) -> Path:
+    """Compile the kernels into a folder and return the library; any x86 machine can.
+
+    Raises:
+        OSError: There is no C compiler, or the folder cannot be written.
+        subprocess.SubprocessError: The compiler fails, or takes too long.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise FileNotFoundError("there is no C compiler; install one, such as gcc")
+    library = folder / _library_name()
+    # Replicas may start at the same time: each compiles for itself, the last one's file stays.
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as made:
+        unfinished = Path(made.name)
+    units = [str(path) for path in _sources() if path.suffix == ".c"]
+    command = [compiler, *OPTIONS, *units, "-o", str(unfinished), "-lm"]
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
+        )
+        unfinished.chmod(0o755)
+        unfinished.replace(library)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return library
 
 
 def kernels_for(tensor: torch.Tensor, *sizes: tuple[int, int]) -> CpuKernels | None:
@@ -70,27 +95,25 @@ def _has_instructions() -> bool:
     return set(NEEDED) <= set(flags)
 
 
-def _compiled(compiler: str) -> Path:
-    """Return the library, compiled now if this source has not been before."""
-    sources = sorted(SOURCE_FOLDER.glob("*.[ch]"))
-    digest = hashlib.sha256(repr((compiler, OPTIONS)).encode())
-    for path in sources:
+def _find_library() -> Path:
+    """Return the library that came with the package or was compiled before, or compile it."""
+    cache_folder = _cache_folder()
+    for folder in (SOURCE_FOLDER, cache_folder):
+        if (library := folder / _library_name()).exists():
+            return library
+    return compile_kernels(cache_folder)
+
+
+def _library_name() -> str:
+    """Return a name that changes with the sources."""
+    digest = hashlib.sha256(repr(OPTIONS).encode())
+    for path in _sources():
         digest.update(path.read_bytes())
-    library = _cache_folder() / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        # Replicas may start at the same time: each compiles for itself, the last one's file stays.
-        with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as made:
-            unfinished = Path(made.name)
-        units = [str(path) for path in sources if path.suffix == ".c"]
-        command = [compiler, *OPTIONS, *units, "-o", str(unfinished), "-lm"]
-        try:
-            subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S
-            )
-            unfinished.replace(library)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return library
+    return f"kernels-{digest.hexdigest()[:16]}.so"
+
+
+def _sources() -> list[Path]:
+    return sorted(SOURCE_FOLDER.glob("*.[ch]"))
 
 
 def _cache_folder() -> Path:
@@ -104,8 +127,3 @@ def _cache_folder() -> Path:
     except (OSError, RuntimeError):  # no home, or none that can be written
         pass
     return Path(tempfile.mkdtemp(prefix="granite_ray-"))
-
-
-def _reason(error: Exception) -> str:
-    told = getattr(error, "stderr", None) or str(error)
-    return str(told).strip().splitlines()[-1]

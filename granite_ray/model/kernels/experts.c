@@ -2,17 +2,6 @@
 
 #include "vectors.h"
 
-// Columns first to last of inner[m, width] = silu(gate) · up, where gate_up[m, 2 width] is given.
-static void activate(const bf16 *gate_up, bf16 *inner, int64_t m, int64_t width, int64_t first,
-                     int64_t last) {
-  for (int64_t t = 0; t < m; t++)
-    for (int64_t i = first; i < last; i += 16) {
-      __m512 gate = rounded(silu(widen(gate_up + t * 2 * width + i)));
-      __m512 up = widen(gate_up + t * 2 * width + width + i);
-      narrow(inner + t * width + i, _mm512_mul_ps(gate, up));
-    }
-}
-
 // Pairs of a token and one of its experts, sorted by expert: those of expert e are starts[e] and up.
 typedef struct {
   int64_t *tokens, *starts, *used, num_used;

@@ -1,9 +1,7 @@
 """The CPU kernels against sums in double precision, and a model with them against one without."""
 
 import logging
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +106,21 @@ def test_tokens_go_to_the_experts_of_the_largest_scores(
     assert_rounded(weights, expected.softmax(dim=-1))
 
 
-def test_norm_divides_by_the_root_of_the_mean_square(compiled: CpuKernels) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 100])
+def test_gated_is_silu_of_the_first_half_times_the_second(
+    compiled: CpuKernels, num_tokens: int
+) -> None:
+    torch.manual_seed(7)
+    gate_up, inner = draw(num_tokens, 2 * 48, std=4.0), draw(num_tokens, 48)
+    compiled.gate(gate_up, inner)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_rounded(inner, F.silu(gate) * up, num_roundings=2)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 100])
+def test_norm_divides_by_the_root_of_the_mean_square(compiled: CpuKernels, num_tokens: int) -> None:
     torch.manual_seed(5)
-    x, weight, eps = draw(7, 384, std=3.0), draw(384), 1e-2
+    x, weight, eps = draw(num_tokens, 384, std=3.0), draw(384), 1e-2
     out = torch.empty_like(x)
     compiled.norm(x, weight, eps, out)
     wide = x.double()
@@ -121,8 +131,8 @@ def test_norm_divides_by_the_root_of_the_mean_square(compiled: CpuKernels) -> No
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_heads_turn_as_torch_turns_them(compiled: CpuKernels, head_dim: int) -> None:
     torch.manual_seed(6)
-    fused = draw(5, 8, head_dim)
-    tables = rotation_tables(torch.tensor([0, 1, 7, 500, 9]), 1e4, head_dim, torch.bfloat16)
+    fused = draw(25, 8, head_dim)
+    tables = rotation_tables(torch.tensor([0, 1, 7, 500, 9] * 5), 1e4, head_dim, torch.bfloat16)
     exact = fused.double()
     rotate(exact[:, :6], *(table.double() for table in tables))
     compiled.rotate(fused[:, :6], *tables)
@@ -189,42 +199,60 @@ def test_they_take_bfloat16_in_sizes_that_fit() -> None:
     assert kernels_for(weight.to("meta"), (64, 32)) is None
 
 
-def told(script: str, **environment: str) -> str:
-    """What the loader logs in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import logging; logging.basicConfig(level='INFO')\n{script}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout + done.stderr
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache in which nothing was compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "granite_ray"
 
 
-LOAD = "from granite_ray.model.kernels import load_kernels; print(load_kernels() is not None)"
+def load_again() -> CpuKernels | None:
+    return load_kernels.__wrapped__()
 
 
 @pytest.mark.usefixtures("compiled")
-def test_they_are_compiled_once_for_a_user(tmp_path: Path) -> None:
-    assert "True" in told(LOAD, XDG_CACHE_HOME=str(tmp_path))
-    [library] = (tmp_path / "granite_ray").iterdir()
-    before = library.stat().st_mtime_ns
-    assert "True" in told(LOAD, XDG_CACHE_HOME=str(tmp_path))
-    assert library.stat().st_mtime_ns == before
-    assert "False" in told(LOAD, GRANITE_RAY_CPU_KERNELS="off")
+def test_they_are_compiled_once_for_a_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_again() is not None
+    [found] = cache.iterdir()
+    before = found.stat().st_mtime_ns
+    assert load_again() is not None
+    assert found.stat().st_mtime_ns == before
+    monkeypatch.setenv("GRANITE_RAY_CPU_KERNELS", "off")
+    assert load_again() is None
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_compiler_that_is_missing_or_fails_is_told_and_lived_without(tmp_path: Path) -> None:
-    cache = str(tmp_path)
-    missing = told(LOAD, XDG_CACHE_HOME=cache, CC="no-such-compiler")
-    assert "False" in missing
-    assert "decoding is slower: install a C compiler" in missing
-    failing = told(LOAD, XDG_CACHE_HOME=cache, CC="false")
-    assert "False" in failing
-    assert "decoding is slower: " in failing
-    assert not list((tmp_path / "granite_ray").iterdir()), "nothing half made is left"
+def test_what_an_image_brings_along_needs_no_compiler(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for source in library.SOURCE_FOLDER.glob("*.[ch]"):
+        shutil.copy(source, package)
+    monkeypatch.setattr(library, "SOURCE_FOLDER", package)
+    assert library.compile_kernels(package).parent == package
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert load_again() is not None
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "there is no C compiler; install one"), ("false", "non-zero exit")],
+)
+def test_a_compiler_that_is_missing_or_fails_is_told_and_lived_without(
+    compiler: str,
+    reason: str,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert load_again() is None
+    assert "no CPU kernels, decoding is slower: " in caplog.text
+    assert reason in caplog.text
+    assert not list(cache.iterdir()), "nothing half made is left"
 
 
 def test_other_processors_do_without(
@@ -233,10 +261,10 @@ def test_other_processors_do_without(
     (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu sse2 avx2\n")
     monkeypatch.setattr(library, "CPU_FLAGS_PATH", tmp_path / "cpuinfo")
     caplog.set_level(logging.INFO)
-    assert load_kernels.__wrapped__() is None
+    assert load_again() is None
     assert "they need avx512f" in caplog.text
     monkeypatch.setattr(library, "CPU_FLAGS_PATH", tmp_path / "none")
-    assert load_kernels.__wrapped__() is None
+    assert load_again() is None
 
 
 # whole models ────────────────────────────────────────────────────────────────────────────────────
