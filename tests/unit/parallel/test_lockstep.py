@@ -28,6 +28,11 @@ GROWING = [
     Call(Prompt(tuple(range(start, start + 20))), SamplingParams(50)) for start in (30, 60, 90, 120)
 ]
 """Together they come to need twice the memory that there is."""
+DOCUMENT = tuple(range(200, 248))
+ASKED_TWICE = [
+    Call(Prompt((*DOCUMENT, question), junctions=(48,)), SamplingParams(8)) for question in (30, 31)
+]
+"""The second one begins with what the first one computes, where it comes to the same rank."""
 
 
 def write_moe(folder: Path) -> Path:
@@ -86,11 +91,12 @@ def test_answers_are_those_of_one_quiet_rank(
     """Short and long prompts, shared ones, scores, grammars, samples, preemption, idle ranks."""
     path = write(tmp_path / "checkpoint")
     numbers = random.Random(size)
-    calls = [*GROWING, *(draw_call(numbers) for _ in range(12))]
+    calls = [*ASKED_TWICE, *GROWING, *(draw_call(numbers) for _ in range(12))]
     shares = divide(calls, size)
     outcomes = run_ranks(size, answer, str(path), shares)
     assert outcomes[0][1][0], "nothing was preempted"
     assert outcomes[-1][1] == [0, 0], "the last rank had work"
+    assert outcomes[0][0][1].num_cached_tokens == len(DOCUMENT)
     checkpoint = open_checkpoint(ModelConfig(path=str(path)))
     quiet, _ = start_native(checkpoint, make_runner(checkpoint, QUIET)[0], QUIET)
     try:
