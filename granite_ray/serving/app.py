@@ -168,7 +168,7 @@ def make_application(config: ServerConfig) -> serve.Application:
     checkpoint = check_server(config)
     model = ServedModel(checkpoint.name, checkpoint.tokenizer_path, checkpoint.max_model_len)
     resources = size_replicas(config.engine)
-    engine = serve.deployment(name="engine", **_engine_options(config, resources))
+    engine = serve.deployment(name="engine", **engine_options(config, resources))
     gateway = serve.deployment(
         name="gateway",
         num_replicas=1,  # limits are exact, and one process runs the batches
@@ -215,7 +215,8 @@ def with_absolute_paths(config: ServerConfig) -> ServerConfig:
     )
 
 
-def _engine_options(config: ServerConfig, resources: ReplicaResources) -> dict[str, Any]:
+def engine_options(config: ServerConfig, resources: ReplicaResources) -> dict[str, Any]:
+    """Return what Serve is told of the replicas."""
     serving, wanted = config.serve, config.engine.num_replicas
     options: dict[str, Any] = {
         # Interactive calls never wait for a place that a batch holds.

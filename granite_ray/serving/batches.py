@@ -27,6 +27,9 @@ from granite_ray.serving.shapes import Shape
 HOUR_S = 3600
 MAX_KEY_LENGTH = 200
 PIECE_BYTES = 1024**2
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The content.", "content": {"application/octet-stream": {}}}
+}
 Endpoint = Literal[
     "/v1/chat/completions",
     "/v1/completions",
@@ -94,7 +97,7 @@ def file_routes(gateway: Gateway) -> APIRouter:
         name = request.scope["caller"].name
         return (await asyncio.to_thread(files.get, name, file_id)).to_api()
 
-    @router.get("/{file_id}/content", response_class=StreamingResponse)
+    @router.get("/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
     async def content(file_id: str, request: Request) -> StreamingResponse:
         """Return a file's content."""
         data = await asyncio.to_thread(files.read, request.scope["caller"].name, file_id)

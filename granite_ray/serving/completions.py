@@ -23,6 +23,13 @@ from granite_ray.serving.shapes import ChatRequest, CompletionRequest
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream, as server-sent events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
 Received = TypeVar("Received", bound=BaseModel)
 
 
@@ -41,7 +48,7 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         check_model(gateway, model)
         return _model(gateway)
 
-    @router.post("/chat/completions")
+    @router.post("/chat/completions", responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Write the next turn of a conversation."""
         call = _chat_call(gateway, body)
@@ -50,7 +57,7 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         items = gateway.stream(call, request.scope["caller"])
         return _events(chat_chunks(items, Heading.new("chatcmpl", body.model), body))
 
-    @router.post("/completions")
+    @router.post("/completions", responses=STREAMED)
     async def completion(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
         call = _text_call(gateway, body)

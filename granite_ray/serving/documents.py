@@ -24,6 +24,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 DOCUMENT_PATHS = tuple(f"/v1/{kind}" for kind in KINDS)
 PARQUET_TYPE = "application/vnd.apache.parquet"
 JSONL_TYPE = "application/jsonl"
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The rows, in the format that was asked for.",
+        "content": {"application/json": {}, JSONL_TYPE: {}, PARQUET_TYPE: {}},
+    },
+    202: {
+        "description": "A batch, since there are many documents.",
+        "content": {"application/json": {}},
+    },
+}
 MAX_STREAMED = 8
 """Documents of one streaming request that are asked for at once."""
 
@@ -67,6 +77,7 @@ def _add_route(router: APIRouter, gateway: Gateway, kind: Kind) -> None:
         route,
         methods=["POST"],
         name=kind,
+        responses=RESPONSES,
         summary=f"{kind.capitalize()} documents",
         description="Answer at once, or accept a batch (202) where there are many documents.",
     )

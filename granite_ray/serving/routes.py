@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from granite_ray.serving.batch_runner import BatchRunner
@@ -72,11 +72,11 @@ def make_app(gateway: Gateway) -> App:
     app.include_router(page_route())
     _add_states(app, gateway)
     _add_errors(app)
-    app.openapi = partial(_document, app)  # type: ignore[method-assign]  # FastAPI's own way
+    app.openapi = partial(_document, app, gateway.model.name)  # type: ignore[method-assign]  # FastAPI's own way
     return Guard(app, gateway.config.serve, gateway.keys, gateway.limits, gateway.metrics)
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, model: str) -> dict[str, Any]:
     """Return the OpenAPI document; refusals have one shape here, and it is not FastAPI's."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     for path, operations in document["paths"].items():
@@ -88,6 +88,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     schemas["Error"] = ERROR_SCHEMA
+    for name in ("ChatRequest", "CompletionRequest"):
+        schemas[name]["properties"]["model"]["enum"] = [model]
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document
 
@@ -118,7 +120,7 @@ def _add_states(app: FastAPI, gateway: Gateway) -> None:
         words = {"status": "ready" if is_ready else "no replica answers"}
         return JSONResponse(words, 200 if is_ready else 503)
 
-    @app.get("/metrics", tags=["states"])
+    @app.get("/metrics", tags=["states"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Give the counts in Prometheus' text form."""
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -126,6 +126,32 @@ def test_who_leaves_stops_the_work(server: RunningServer) -> None:
 
 
 @pytest.mark.slow
+def test_a_replica_on_several_ranks_answers_as_one_on_one(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    values = {"model": MODEL, "messages": TURNS, "max_tokens": 24, "temperature": 0}
+    expected = server.openai().chat.completions.create(**values)
+    engine = {**NATIVE, "expert_parallel_size": 2}
+    with running_server(write_config(tmp_path, engine=engine)) as ranked:
+        client = ranked.openai()
+        whole = client.chat.completions.create(**values)
+        assert whole.choices[0].message.content == expected.choices[0].message.content
+        chunks = client.chat.completions.create(**values, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == whole.choices[0].message.content
+        [shell] = ranked.actors("engine")
+        shell.kill()
+        wait_until(lambda: answers(client, values), 600, 2)
+
+
+def answers(client: openai.OpenAI, values: dict[str, Any]) -> bool:
+    try:
+        return bool(client.chat.completions.create(**values).choices)
+    except openai.InternalServerError:
+        return False
+
+
+@pytest.mark.slow
 def test_killed_replicas_lose_no_batch_and_callers_may_try_again(tmp_path: Path) -> None:
     config = write_config(
         tmp_path, engine={"backend": "fake", "fake_tokens_per_s": 2000, "num_replicas": 2}

@@ -54,7 +54,7 @@ def test_whatever_is_sent_the_answer_is_as_documented(serve) -> None:
     for operation in schema.get_all_operations():
         strategy = operation.ok().as_strategy()
 
-        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=strategy)
         def check(case: Any) -> None:
             nonlocal num_cases
@@ -63,4 +63,4 @@ def test_whatever_is_sent_the_answer_is_as_documented(serve) -> None:
             case.validate_response(response, checks=CHECKS)
 
         check()
-    assert num_cases > 200
+    assert num_cases > 800
