@@ -1,8 +1,8 @@
 """All that one replica answers: a checkpoint's engine behind the calls of the gateway."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 
 import pyarrow as pa
 
@@ -45,11 +45,12 @@ class Answerer:
         with self._watched():
             return await self._completer.complete(call, is_interactive=is_interactive)
 
-    async def stream(self, call: CompletionCall) -> AsyncIterator[Delta | Reply | Refusal]:
+    async def stream(self, call: CompletionCall) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Answer as it is written."""
         with self._watched():
-            async for item in self._completer.stream(call):
-                yield item
+            async with aclosing(self._completer.stream(call)) as items:
+                async for item in items:
+                    yield item
 
     async def answer(
         self, call: DocumentsCall, *, is_interactive: bool = True

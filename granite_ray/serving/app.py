@@ -6,7 +6,8 @@ Thin shells around `app` and `answerer`. `build` is the import path for `serve d
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ class GraniteDeployment:
         """Answer at once."""
         return await self._answerer.complete(call, is_interactive=is_interactive)
 
-    async def stream(self, call: CompletionCall) -> AsyncIterator[Delta | Reply | Refusal]:
+    async def stream(self, call: CompletionCall) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Answer as it is written."""
-        async for item in self._answerer.stream(call):
-            yield item
+        async with aclosing(self._answerer.stream(call)) as items:
+            async for item in items:
+                yield item
 
     async def answer(self, call: DocumentsCall, *, is_interactive: bool) -> pa.Table | Refusal:
         """Return the rows that a job would write for these documents."""

@@ -31,9 +31,11 @@ class UnitAsker:
 
     Args:
         max_in_flight: Units at once.
+        first_wait_s: Seconds until a unit is asked again, for the first time; then twice as many.
     """
 
-    def __init__(self, max_in_flight: int) -> None:
+    def __init__(self, max_in_flight: int, first_wait_s: float = FIRST_WAIT_S) -> None:
+        self._first_wait_s = first_wait_s
         self.pieces = asyncio.Semaphore(max(1, max_in_flight // PIECE_SIZE))
         self._alone = asyncio.Lock()
 
@@ -42,7 +44,7 @@ class UnitAsker:
 
         A unit around which replicas die is asked by itself; one that kills them then has failed.
         """
-        deaths, wait_s = 0, FIRST_WAIT_S
+        deaths, wait_s = 0, self._first_wait_s
         while True:
             try:
                 if deaths < MAX_SHARED_DEATHS:

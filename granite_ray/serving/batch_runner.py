@@ -18,6 +18,8 @@ from granite_ray.serving.gateway import Gateway
 
 LEASE_S = 15.0
 POLL_S = 1.0
+LOOK_S = 5.0
+"""How often the storage is asked for batches that another gateway accepted."""
 MAX_BATCHES_AT_ONCE = 8
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ class BatchRunner:
                     raise LeaseError("Another gateway runs the batches.")
                 for batch in await asyncio.to_thread(self._store.unfinished, names):
                     if batch.batch_id not in running and len(running) < MAX_BATCHES_AT_ONCE:
-                        running[batch.batch_id] = asyncio.create_task(self._run(batch))
+                        task = asyncio.create_task(self._run(batch))
+                        task.add_done_callback(lambda _: self._gateway.has_new_batch.set())
+                        running[batch.batch_id] = task
                 await self._wait_for_news()
                 for batch_id in [one for one, task in running.items() if task.done()]:
                     await running.pop(batch_id)
@@ -70,7 +74,7 @@ class BatchRunner:
 
     async def _wait_for_news(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._gateway.has_new_batch.wait(), POLL_S)
+            await asyncio.wait_for(self._gateway.has_new_batch.wait(), LOOK_S)
         self._gateway.has_new_batch.clear()
 
     async def _run(self, batch: Batch) -> None:

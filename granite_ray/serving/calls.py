@@ -1,6 +1,6 @@
 """What the gateway asks of a replica, and what it gets back. Plain records, pickled on the way."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -113,7 +113,7 @@ class Replicas(Protocol):
         """Answer at once."""
         ...
 
-    def stream(self, call: CompletionCall) -> AsyncIterator[Delta | Reply | Refusal]:
+    def stream(self, call: CompletionCall) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Answer as it is written; the last item is the reply, or a refusal."""
         ...
 

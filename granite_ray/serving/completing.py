@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,7 +84,7 @@ class Completer:
             ),
         )
 
-    async def stream(self, call: CompletionCall) -> AsyncIterator[Delta | Reply | Refusal]:
+    async def stream(self, call: CompletionCall) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Yield what is written as it is written, then the reply; closing it cancels the work."""
         loop = asyncio.get_running_loop()
         deltas: asyncio.Queue[Delta | None] = asyncio.Queue()

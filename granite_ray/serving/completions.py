@@ -1,14 +1,15 @@
 """`/v1/models`, `/v1/chat/completions`, `/v1/completions`: OpenAI's routes over the engine."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
-from granite_ray.serving.calls import CompletionCall
-from granite_ray.serving.errors import ApiError
+from granite_ray.serving.calls import CompletionCall, Delta, Refusal, Reply
+from granite_ray.serving.errors import ApiError, refused
 from granite_ray.serving.gateway import Gateway, new_seed
 from granite_ray.serving.keys import Caller
 from granite_ray.serving.responses import (
@@ -54,7 +55,7 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         call = _chat_call(gateway, body)
         if not body.stream:
             return JSONResponse(await answer_chat(gateway, body, request.scope["caller"], call))
-        items = gateway.stream(call, request.scope["caller"])
+        items = await _begun(gateway.stream(call, request.scope["caller"]))
         return _events(chat_chunks(items, Heading.new("chatcmpl", body.model), body))
 
     @router.post("/completions", responses=STREAMED)
@@ -63,7 +64,7 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         call = _text_call(gateway, body)
         if not body.stream:
             return JSONResponse(await answer_text(gateway, body, request.scope["caller"], call))
-        items = gateway.stream(call, request.scope["caller"])
+        items = await _begun(gateway.stream(call, request.scope["caller"]))
         return _events(text_chunks(items, Heading.new("cmpl", body.model), body))
 
     return router
@@ -136,6 +137,23 @@ def _chat_call(gateway: Gateway, body: ChatRequest) -> CompletionCall:
 def _text_call(gateway: Gateway, body: CompletionRequest) -> CompletionCall:
     check_model(gateway, body.model)
     return body.to_call(new_seed(), gateway.config.serve.max_tokens)
+
+
+async def _begun(
+    items: AsyncGenerator[Delta | Reply | Refusal],
+) -> AsyncGenerator[Delta | Reply | Refusal]:
+    """Wait for the first item: what is refused before it is refused by status."""
+    first = await anext(items)
+    if isinstance(first, Refusal):
+        raise refused(first)
+
+    async def begun() -> AsyncGenerator[Delta | Reply | Refusal]:
+        async with aclosing(items):
+            yield first
+            async for item in items:
+                yield item
+
+    return begun()
 
 
 def _events(chunks: Any) -> StreamingResponse:

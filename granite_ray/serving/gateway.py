@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 import pyarrow as pa
@@ -74,18 +75,21 @@ class Gateway:
 
     async def stream(
         self, call: CompletionCall, caller: Caller
-    ) -> AsyncIterator[Delta | Reply | Refusal]:
+    ) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Answer as it is written; whatever ends it early is its last item."""
         seconds = self.config.serve.timeout_s
+        deadline = asyncio.get_running_loop().time() + seconds
         try:
             with self.limits.admitted(caller):
-                async with asyncio.timeout(seconds):
-                    async for item in self.replicas.stream(call):
+                async with aclosing(self.replicas.stream(call)) as items:
+                    # Each item by itself: whoever takes the first may be another than takes the
+                    # next, and a time limit belongs to the one that set it.
+                    while (item := await _next(items, deadline)) is not None:
                         if isinstance(item, Reply):
                             self._note(item, is_interactive=True)
                         yield item
         except ApiError as error:
-            yield Refusal(error.status, error.message, error.code)
+            yield Refusal(error.status, error.message, error.code, error.retry_after_s is not None)
         except TimeoutError:
             yield Refusal(504, f"No answer in {seconds:g} s.", "timeout", is_transient=True)
         except InfrastructureError:
@@ -151,6 +155,13 @@ class Gateway:
         self.metrics.note_tokens(
             reply.num_prompt_tokens, reply.num_completion_tokens, is_interactive=is_interactive
         )
+
+
+async def _next(
+    items: AsyncGenerator[Delta | Reply | Refusal], deadline: float
+) -> Delta | Reply | Refusal | None:
+    async with asyncio.timeout_at(deadline):
+        return await anext(items, None)
 
 
 def new_seed() -> int:

@@ -5,7 +5,7 @@ A call is cancelled there when it is cancelled here.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pyarrow as pa
@@ -42,7 +42,7 @@ class RemoteReplicas:
         )
         return reply
 
-    async def stream(self, call: CompletionCall) -> AsyncIterator[Delta | Reply | Refusal]:
+    async def stream(self, call: CompletionCall) -> AsyncGenerator[Delta | Reply | Refusal]:
         """Answer as it is written."""
         items: Any = self._streaming.stream.remote(call)
         try:

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ def text_response(
 
 
 async def chat_chunks(
-    items: AsyncIterator[Delta | Reply | Refusal], heading: Heading, request: ChatRequest
-) -> AsyncIterator[bytes]:
+    items: AsyncGenerator[Delta | Reply | Refusal], heading: Heading, request: ChatRequest
+) -> AsyncGenerator[bytes]:
     """Yield the server-sent events of a chat completion."""
     kind = "chat.completion.chunk"
     for index in range(request.n):
@@ -92,8 +92,8 @@ async def chat_chunks(
 
 
 async def text_chunks(
-    items: AsyncIterator[Delta | Reply | Refusal], heading: Heading, request: CompletionRequest
-) -> AsyncIterator[bytes]:
+    items: AsyncGenerator[Delta | Reply | Refusal], heading: Heading, request: CompletionRequest
+) -> AsyncGenerator[bytes]:
     """Yield the server-sent events of a completion."""
     lengths: dict[int, int] = {}
     if request.echo:

@@ -292,7 +292,7 @@ def test_documents_in_lines_of_a_batch_become_rows(serve):
 
 
 def test_a_unit_that_kills_every_replica_fails_alone_and_the_others_are_answered():
-    asker = UnitAsker(16)
+    asker = UnitAsker(16, first_wait_s=0.01)
     deaths = []
 
     async def deadly(is_deadly):

@@ -9,6 +9,7 @@ import pytest
 
 from granite_ray.records import SamplingParams
 from granite_ray.serving.calls import CompletionCall
+from granite_ray.serving.keys import LOCAL_CALLER
 from granite_ray.tasks.chat import chat_prompt
 from tests.unit.serving.conftest import KEY, NATIVE
 
@@ -199,6 +200,16 @@ def test_a_conversation_longer_than_the_context_is_refused_with_both_lengths(ser
     error = refusal(openai.BadRequestError, lambda: chat(server, messages=turns))
     assert error.code == "context_length_exceeded"
     assert "word" not in error.message
+
+
+def test_a_stream_that_cannot_begin_is_refused_by_status(serve):
+    server = serve(serve={"max_in_flight": 1})
+    turns = [{"role": "user", "content": "word " * 20_000}]
+    error = refusal(openai.BadRequestError, lambda: chat(server, messages=turns, stream=True))
+    assert error.code == "context_length_exceeded"
+    with server.gateway.limits.admitted(LOCAL_CALLER):
+        error = refusal(openai.RateLimitError, lambda: chat(server, stream=True))
+    assert error.response.headers["retry-after"] == "1"
 
 
 def test_no_turn_and_no_tool_can_write_control_tokens(server):

@@ -189,7 +189,7 @@ def started_form(number):
 
 
 def test_a_body_that_stops_coming_is_given_up(serve):
-    server = serve(serve={"body_timeout_s": 0.2})
+    server = serve(serve={"body_timeout_s": 0.05})
     form = (b"content-type", b"multipart/form-data; boundary=x")
     for path, headers in (("/v1/chat/completions", ()), ("/v1/files", (form,))):
         status, body, _, _ = asyncio.run(
