@@ -31,9 +31,11 @@ class RunningServer:
         self.process = process
         self.lines = lines
         self.url = url
+        self.clients: list[httpx2.Client] = []
 
     def openai(self, key: str = KEY, **values: Any) -> openai.OpenAI:
         http = httpx2.Client(trust_env=False)
+        self.clients.append(http)
         return openai.OpenAI(
             api_key=key, base_url=f"{self.url}/v1", http_client=http, **{"timeout": 300, **values}
         )
@@ -91,7 +93,10 @@ def running_server(config: Path, address: str | None = None) -> Iterator[Running
     try:
         assert is_told.wait(START_S), "".join(lines)
         assert found, "".join(lines)
-        yield RunningServer(process, lines, found[0])
+        running = RunningServer(process, lines, found[0])
+        yield running
+        for client in running.clients:
+            client.close()
     finally:
         stop(process)
         reader.join(30)

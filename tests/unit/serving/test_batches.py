@@ -322,8 +322,10 @@ def test_a_runner_that_died_after_its_files_makes_them_once(serve):
         async with server.running():
             batch = await create(server, [line(0)])
             first = await server.ended(batch.id)
-        store = server.gateway.batches
-        kept = store.get("alice", batch.id)
+            store = server.gateway.batches
+            kept = store.get("alice", batch.id)
+            while store.unfinished_ids("alice") or store.pieces(kept):
+                await asyncio.sleep(0.05)  # its last steps follow that of its state
         state = replace(store.state(kept), status="finalizing", output_file_id=None)
         store.storage.delete(kept.folder + "ended.json")
         store.write_state(kept, state)
