@@ -10,7 +10,7 @@ from tests.corpus import job_values, write_corpus
 from tests.faults import TracedEngines, driver, result_files, wait_until
 from tests.invariants import check_output, report_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_DOCUMENTS = 100
 SLOW = {"fake_tokens_per_s": 1000, "num_replicas": 2}
@@ -70,17 +70,19 @@ def test_a_job_spreads_over_its_nodes_while_one_comes_and_one_goes(tmp_path: Pat
     trace.mkdir()
     engines = TracedEngines(str(trace))
     slow = {"fake_tokens_per_s": 300, "num_replicas": 4}
-    job = {"config": job_values(source, sink, engine=slow), "trace": str(trace)}
+    patient = {"scheduling_timeout_s": 300}  # whole nodes start meanwhile
+    config = job_values(source, sink, engine=slow, job=patient)
+    job = {"config": config, "trace": str(trace)}
     with (
         loopback_cluster(2, 2, 2) as cluster,
         driver(tmp_path / "driver", job, cluster.address) as run,
     ):
-        wait_until(lambda: len(engines.replicas()) == 4 and result_files(sink), run)
+        wait_until(lambda: len(engines.replicas()) == 4 and result_files(sink), run, timeout_s=400)
         places = {cluster.node_of(pid) for pid, _ in engines.replicas()}
         assert {1, 2} <= places, "the replicas are spread over the nodes"
         added = cluster.start_node(2)
         cluster.kill(2, "raylet")  # the driver is on another
         wait_until(lambda: added in {cluster.node_of(pid) for pid, _ in engines.replicas()}, run)
-        assert run.wait(400) == 0, run.output()
+        assert run.wait(600) == 0, run.output()
     check_output(sink, NUM_DOCUMENTS)
     assert report_of(sink)["worker_deaths"] == 0, "no document is blamed"
