@@ -32,7 +32,7 @@ def test_the_dockerfile_passes_its_linter() -> None:
 def test_the_image_runs_as_a_number_and_holds_no_secret_and_no_late_install() -> None:
     final = DOCKERFILE[DOCKERFILE.rindex("FROM ") :]
     assert re.search(r"^USER 10001:10001$", final, re.M)
-    assert not re.search(r"\b(pip|curl|wget)\b", final)
+    assert not re.search(r"\b(pip|gcc|curl|wget)\b", final)
     assert not re.search(r"(SECRET|TOKEN|PASSWORD|KEY)=", DOCKERFILE)
     assert "--require-hashes" in DOCKERFILE
 
@@ -59,6 +59,8 @@ def test_the_install_steps_make_a_working_environment(tmp_path: Path) -> None:
         "TORCH_VERSION": version[1],
     }
     for step in steps():
+        if step.startswith("apt-get"):
+            continue  # this machine's own compiler will do
         # Which index torch comes from is a build argument; here it is pip's own.
         command = step.replace("/opt/granite", str(home))
         command = command.replace('--index-url "${TORCH_INDEX}/${VARIANT}"', "")
@@ -81,3 +83,4 @@ def test_the_install_steps_make_a_working_environment(tmp_path: Path) -> None:
         check=True,
     )
     assert "--logical-date" in told.stdout
+    assert list(home.glob("lib/python*/site-packages/granite_ray/model/kernels/kernels-*.so"))
