@@ -69,18 +69,18 @@ def test_a_job_spreads_over_its_nodes_while_one_comes_and_one_goes(tmp_path: Pat
     source, sink, trace = write_corpus(tmp_path / "in"), tmp_path / "out", tmp_path / "trace"
     trace.mkdir()
     engines = TracedEngines(str(trace))
-    slow = {"fake_tokens_per_s": 300, "num_replicas": 4}
+    slow = {"fake_tokens_per_s": 60, "num_replicas": 5}
     patient = {"scheduling_timeout_s": 300}  # whole nodes start meanwhile
     config = job_values(source, sink, engine=slow, job=patient)
     job = {"config": config, "trace": str(trace)}
     with (
-        loopback_cluster(2, 2, 2) as cluster,
+        loopback_cluster(1, 3, 3) as cluster,
         driver(tmp_path / "driver", job, cluster.address) as run,
     ):
-        wait_until(lambda: len(engines.replicas()) == 4 and result_files(sink), run, timeout_s=400)
+        wait_until(lambda: len(engines.replicas()) == 5 and result_files(sink), run, timeout_s=400)
         places = {cluster.node_of(pid) for pid, _ in engines.replicas()}
         assert {1, 2} <= places, "the replicas are spread over the nodes"
-        added = cluster.start_node(2)
+        added = cluster.start_node(3)  # without it there would be room for four
         cluster.kill(2, "raylet")  # the driver is on another
         wait_until(lambda: added in {cluster.node_of(pid) for pid, _ in engines.replicas()}, run)
         assert run.wait(600) == 0, run.output()
