@@ -232,7 +232,7 @@ def _fill_variables(value: Any, field: str) -> Any:
     return VARIABLE.sub(fill, value)
 
 
-def describe_errors(error: ValidationError) -> str:
+def describe_errors(error: ValidationError, *, with_values: bool = True) -> str:
     """Say what is wrong with each field, as the user spells it: a line for each."""
     lines = []
     for problem in error.errors(include_url=False):
@@ -242,7 +242,7 @@ def describe_errors(error: ValidationError) -> str:
             message = "there is no such key; check its spelling with `granite-ray schema`"
         elif problem["type"] == "missing":
             message = "this key is required"
-        elif not isinstance(problem["input"], dict):
+        elif with_values and not isinstance(problem["input"], dict):
             message = f"{message} (it is {problem['input']!r})"
         lines.append(f"{field}: {message}.")
     return "\n".join(lines)

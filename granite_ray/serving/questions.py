@@ -20,7 +20,7 @@ from granite_ray.serving.errors import ApiError
 from granite_ray.serving.gateway import Gateway
 from granite_ray.serving.shapes import Shape, check_unicode
 from granite_ray.tasks import Task
-from granite_ray.tasks.templates import UserTemplate
+from granite_ray.tasks.templates import only_writes_variables
 
 MAX_LABELS = 512
 MAX_EXAMPLES = 64
@@ -115,7 +115,7 @@ def _strangers_task(values: Mapping[str, Any], most_tokens: int) -> TaskConfig:
         raise _bad(f"task.examples has {len(config.examples)} entries; at most {MAX_EXAMPLES}.")
     if isinstance(config, ClassifyConfig) and _num_labels(config.labels) > MAX_LABELS:
         raise _bad(f"task.labels has more than {MAX_LABELS} labels.")
-    if config.template is not None and not _template(config.template).is_static:
+    if config.template is not None and not _is_harmless(config.template):
         raise _bad(
             "task.template may only write variables out, {{ name }}, in a request. Templates with "
             "logic belong into serve.tasks of the server's config."
@@ -123,9 +123,9 @@ def _strangers_task(values: Mapping[str, Any], most_tokens: int) -> TaskConfig:
     return config
 
 
-def _template(source: str) -> UserTemplate:
+def _is_harmless(template: str) -> bool:
     try:
-        return UserTemplate(source)
+        return only_writes_variables(template)
     except (ConfigError, RecursionError) as error:
         message = str(error) if isinstance(error, ConfigError) else "it is nested too deeply"
         raise _bad(message) from None
@@ -165,7 +165,8 @@ def _num_labels(labels: object) -> int:
 
 def _spelled(error: ValidationError) -> str:
     """Say what is wrong with the section, with `task.` before its fields, in one line."""
-    lines = describe_errors(error).splitlines()
+    # Without the values: they may be a document's text, in an example.
+    lines = describe_errors(error, with_values=False).splitlines()
     kinds = ("summarize.", "classify.", "extract.", "generate.")
     for kind in kinds:
         lines = [line.removeprefix(kind) for line in lines]

@@ -5,7 +5,8 @@ by what it contains: no document can write its way into the template's part.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,23 +70,11 @@ class UserTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined,
-            finalize=_finalize,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.globals.clear()
-        try:
+        environment = _make_environment()
+        with _read_errors():
             tree = environment.parse(source)
             _check_statements(tree)
             self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            reason = (error.message or "it cannot be read").rstrip(".")
-            raise ConfigError(
-                f"task.template, line {error.lineno}: {reason}. Correct the template."
-            ) from error
         self.names = frozenset(meta.find_undeclared_variables(tree))
         self.text = "".join(data.data for data in tree.find_all(nodes.TemplateData))
         self.is_static = _is_static(tree)
@@ -103,6 +92,40 @@ class UserTemplate:
                 "invalid_column",
                 f"task.template cannot be filled from this row's columns ({type(error).__name__})",
             ) from error
+
+
+def only_writes_variables(source: str) -> bool:
+    """Tell whether a template has no logic, without compiling it: that computes constants already.
+
+    Raises:
+        ConfigError: It is no template.
+    """
+    with _read_errors():
+        return _is_static(_make_environment().parse(source))
+
+
+def _make_environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals.clear()
+    return environment
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    """Turn what Jinja says of a template into ours."""
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        reason = (error.message or "it cannot be read").rstrip(".")
+        raise ConfigError(
+            f"task.template, line {error.lineno}: {reason}. Correct the template."
+        ) from error
 
 
 class _Inserted(str):

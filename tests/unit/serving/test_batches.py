@@ -191,7 +191,7 @@ def test_a_cancelled_batch_keeps_what_is_answered_and_names_what_is_not(slow):
 
 def test_a_batch_expires_with_what_it_has(slow):
     slow.gateway.config = slow.gateway.config.model_copy(
-        update={"serve": slow.gateway.config.serve.model_copy(update={"batch_hours": 3 / 3600})}
+        update={"serve": slow.gateway.config.serve.model_copy(update={"batch_hours": 1.5 / 3600})}
     )
 
     async def run():

@@ -75,19 +75,25 @@ def endless(_):
 # keys ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "authorization",
     [None, "", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Token {KEY}",
      "Bearer schlüssel", "Basic !!!", "Basic " + base64.b64encode(b"u:no").decode()],
 )  # fmt: skip
-def test_without_a_valid_key_there_is_nothing_but_health(serve, path, authorization):
+def test_without_a_valid_key_there_is_nothing_but_health(serve, authorization):
     server = serve()
     headers = {} if authorization is None else {"Authorization": authorization.encode()}
-    response = call(server, "GET", path, None, headers=headers)
-    assert response.status_code == 401
-    assert response.json()["error"]["code"] == "invalid_api_key"
-    assert call(server, "GET", "/healthz", None).json() == {"status": "ok"}
+
+    async def run():
+        async with server.http(None) as client:
+            answers = [await client.get(path, headers=headers) for path in PATHS]
+            return answers, await client.get("/healthz")
+
+    answers, health = asyncio.run(run())
+    for response in answers:
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert health.json() == {"status": "ok"}
 
 
 def test_a_wrong_key_is_refused_before_the_body_is_read(serve):
@@ -337,6 +343,8 @@ def test_no_text_and_no_key_is_in_logs_metrics_or_errors(serve, caplog):
              json={"model": MODEL, "messages": turns, "temperature": CANARY}),
         call(server, "POST", "/v1/completions", json={"model": MODEL, "prompt": CANARY * 9000}),
         call(server, "POST", "/v1/summarize", json={"documents": [CANARY, {"text": [CANARY]}]}),
+        call(server, "POST", "/v1/summarize",
+             json={"documents": ["a"], "task": {"length": CANARY, "examples": [CANARY]}}),
         call(server, "GET", "/v1/models", f"gr-{CANARY}"),
         call(server, "GET", "/metrics"),
     ]  # fmt: skip
