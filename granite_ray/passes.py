@@ -123,7 +123,7 @@ class PassJob:
     @property
     def name(self) -> str:
         """What the job is called where several share a console."""
-        return self.sink.root.rpartition("/")[2]
+        return "/".join(self.sink.root.split("/")[-2:])  # the last folder may be the date alone
 
     def say(self, line: str) -> None:
         """Tell a person something before the job has begun."""

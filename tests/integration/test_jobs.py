@@ -139,7 +139,7 @@ def test_jobs_that_do_not_ask_the_same_follow_one_another(tmp_path: Path) -> Non
     console = Console(file=written, width=200)
     ended = run_jobs([one, other, two], console=console)
     assert codes(ended) == [0, 0, 0]
-    assert "other follows: its pass is another, by chunking, the room" in written.getvalue()
+    assert "out/other follows: its pass is another, by chunking, the room" in written.getvalue()
     assert [job.report.engine["jobs"] for job in ended] == [2, 1, 2]
 
 
