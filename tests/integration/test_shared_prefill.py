@@ -54,9 +54,8 @@ def jobs(source: Path, checkpoint: Path, out: Path) -> list[JobConfig]:
     ]
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("granite", marks=pytest.mark.slow), "granitemoehybrid"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["granite", "granitemoehybrid"])
 def test_three_tasks_compute_less_than_half_of_what_three_jobs_do(
     kind: str, tmp_path: Path
 ) -> None:
