@@ -29,7 +29,6 @@ from granite_ray.records import SamplingParams
 from granite_ray.serving.answerer import Answerer
 from granite_ray.serving.calls import CompletionCall, Reply
 
-MODEL = "quickstart"
 LEVELS = (1, 8, 64)
 ENGINE = {"backend": "native", "device": "cpu", "max_num_seqs": 64, "cache_gib": 1.0}
 
@@ -65,7 +64,8 @@ async def load(ask: Ask, concurrency: int, num_requests: int) -> Timing:
         nonlocal num_tokens
         for number in numbers:
             started = time.monotonic()
-            num_tokens += await ask(number)
+            tokens = await ask(number)
+            num_tokens += tokens
             latencies.append(time.monotonic() - started)
 
     started = time.monotonic()
@@ -74,8 +74,14 @@ async def load(ask: Ask, concurrency: int, num_requests: int) -> Timing:
     return Timing(num_tokens / seconds, num_requests / seconds, latencies)
 
 
+def model_of(options: argparse.Namespace) -> dict[str, str]:
+    if options.model == "quickstart":
+        return {"path": options.model}
+    return {"path": options.model, "load_format": "dummy"}
+
+
 async def bare(levels: list[int], options: argparse.Namespace) -> dict[int, Timing]:
-    config = parse_section(ServerConfig, {"engine": ENGINE}, Path())
+    config = parse_section(ServerConfig, {"engine": ENGINE, "model": model_of(options)}, Path())
     checkpoint = open_checkpoint(config.model)
     engine = make_engine(checkpoint, config.model, config.engine, options.threads)
     answerer = Answerer(checkpoint, config, engine)
@@ -94,8 +100,9 @@ async def bare(levels: list[int], options: argparse.Namespace) -> dict[int, Timi
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
+def server(folder: Path, options: argparse.Namespace) -> Iterator[str]:
     config = {
+        "model": model_of(options),
         "engine": ENGINE,
         "serve": {"port": 0, "store_path": str(folder / "store"), "max_documents": 32},
     }
@@ -116,10 +123,10 @@ def server(folder: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def http_ask(client: httpx2.AsyncClient, num_tokens: int) -> Ask:
+def http_ask(client: httpx2.AsyncClient, model: str, num_tokens: int) -> Ask:
     async def ask(number: int) -> int:
         body = {
-            "model": MODEL,
+            "model": model,
             "prompt": prompt(number),
             "max_tokens": num_tokens,
             "temperature": 0,
@@ -147,7 +154,8 @@ async def over_http(
     async with httpx2.AsyncClient(
         base_url=url, timeout=900, limits=limits, trust_env=False
     ) as client:
-        ask = http_ask(client, options.tokens)
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        ask = http_ask(client, model, options.tokens)
         await load(ask, 8, 8)
         timings = {level: await load(ask, level, options.requests) for level in LEVELS}
         alone = await load(ask, 1, options.interactive)
@@ -168,9 +176,10 @@ def main() -> None:
     parser.add_argument("--interactive", type=int, default=30, help="requests beside the batch")
     parser.add_argument("--documents", type=int, default=1000, help="of the batch")
     parser.add_argument("--threads", type=int, default=2, help="of the bare engine")
+    parser.add_argument("--model", default="quickstart", help="or a folder of shapes, run as dummy")
     options = parser.parse_args()
     engine = asyncio.run(bare(list(LEVELS), options))
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as url:
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder), options) as url:
         http, (alone, beside) = asyncio.run(over_http(url, options))
     for level in LEVELS:
         kept = http[level].tokens_per_s / engine[level].tokens_per_s

@@ -33,9 +33,9 @@ class ServeConfig(Section):
     """Tasks by name, for requests that only say which: templates may have logic here."""
     max_in_flight: int = Field(default=256, gt=0)
     """Requests accepted and not answered yet, of all callers; more get 429 with Retry-After."""
-    max_batch_in_flight: int = Field(default=64, gt=0)
-    """Requests and documents of batches that are with the engine at once; interactive ones go
-    before them."""
+    max_batch_in_flight: int = Field(default=32, gt=0)
+    """Requests and documents of batches that are with the replicas at once; keep it below their
+    `engine.max_num_seqs`, or interactive requests wait until one of them ends."""
     max_body_mib: float = Field(default=8.0, gt=0)
     """MiB of a request's body, files left out; more gets 413."""
     max_file_mib: float = Field(default=100.0, gt=0)

@@ -5,6 +5,7 @@ Thin shells around `app` and `answerer`. `build` is the import path for `serve d
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -168,7 +169,8 @@ def make_application(config: ServerConfig) -> serve.Application:
     """
     config = with_absolute_paths(config)
     checkpoint = check_server(config)
-    model = ServedModel(checkpoint.name, checkpoint.tokenizer_path, checkpoint.max_model_len)
+    names = checkpoint.name, checkpoint.tokenizer_path, checkpoint.max_model_len
+    model = ServedModel(*names, created=int(time.time()))
     resources = size_replicas(config.engine)
     engine = serve.deployment(name="engine", **engine_options(config, resources))
     gateway = serve.deployment(

@@ -119,8 +119,10 @@ class BatchRun:
 
     async def _answer_piece(self, piece: str) -> None:
         async with self._asker.pieces:
-            units = await asyncio.to_thread(self._work.units, piece)
-            answers = await gather_or_cancel([self._asker.ask(unit) for unit in units])
+            answers = await self._answer_together(piece)
+            if answers is None:
+                units = await asyncio.to_thread(self._work.units, piece)
+                answers = await gather_or_cancel([self._asker.ask(unit) for unit in units])
             data = await asyncio.to_thread(self._work.encode, piece, answers)
             await asyncio.to_thread(self._store.put_piece, self._batch, piece, data)
         good, bad = self._work.count(data)
@@ -131,6 +133,17 @@ class BatchRun:
                 num_failed=self._state.num_failed + bad,
             )
         )
+
+    async def _answer_together(self, piece: str) -> Sequence[Any] | None:
+        """Answer a piece by one call; None where its units must be asked one by one."""
+        try:
+            return await self._work.answer_together(piece)
+        except InfrastructureError:
+            return None  # a replica has died over it, or none can be had
+        except ApiError as error:
+            if error.status not in TRANSIENT:
+                raise
+            return None
 
     async def _finish(self, end: Status) -> None:
         """Make files of what is answered, and end the batch."""

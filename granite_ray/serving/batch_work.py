@@ -3,6 +3,7 @@
 A piece is a few units; a unit is one request or one document. Nothing here waits or tries again.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -72,6 +73,10 @@ class BatchWork(Protocol):
     pieces: list[str]
     """Names of the pieces, in their order; they mean the same after a restart."""
 
+    async def answer_together(self, piece: str) -> Sequence[Any] | None:
+        """Answer a piece by one call, where there is such a call."""
+        ...
+
     def units(self, piece: str) -> Sequence[Unit]:
         """Return the units of a piece."""
         ...
@@ -122,6 +127,9 @@ class RequestWork:
         _check_number(self.num_units, gateway)
         starts = range(0, self.num_units, PIECE_SIZE)
         self.pieces = [f"{start:08d}.json" for start in starts]
+
+    async def answer_together(self, piece: str) -> Sequence[Any] | None:  # noqa: ARG002
+        return None
 
     def units(self, piece: str) -> Sequence[Unit]:
         start = int(piece.partition(".")[0])
@@ -272,9 +280,12 @@ class DocumentWork:
         _check_number(self.num_units, gateway)
         self.pieces = [shard.shard_id for shard in self._plan.shards]
 
+    async def answer_together(self, piece: str) -> Sequence[Any] | None:
+        raw = await asyncio.to_thread(self._read, piece)
+        return [await self._unit(raw)(False)]
+
     def units(self, piece: str) -> Sequence[Unit]:
-        storage: Storage = self._storages(self._plan.root)
-        raw = read_shard(storage, self._shards[piece], self._plan.columns, self._source).table
+        raw = self._read(piece)
         return [self._unit(raw.slice(row, 1)) for row in range(raw.num_rows)]
 
     def encode(self, piece: str, answers: Sequence[Any]) -> bytes:  # noqa: ARG002 - as the other
@@ -291,6 +302,10 @@ class DocumentWork:
         data = parquet_bytes(rows) if is_parquet else jsonl_bytes(rows)
         ending = "parquet" if is_parquet else "jsonl"
         return Output(data, f"{self._batch.batch_id}_output.{ending}")
+
+    def _read(self, piece: str) -> pa.Table:
+        storage: Storage = self._storages(self._plan.root)
+        return read_shard(storage, self._shards[piece], self._plan.columns, self._source).table
 
     def _unit(self, raw: pa.Table) -> Unit:
         async def answer(is_deadly: bool) -> pa.Table:
