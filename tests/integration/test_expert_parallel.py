@@ -183,16 +183,39 @@ def is_gone(process_id: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_shards_of_ranks_on_a_lost_node_are_done_elsewhere(
-    run_disturbed: RunDisturbed, cluster: LoopbackCluster
+    run_disturbed: RunDisturbed, cluster: LoopbackCluster, how: signal.Signals
 ) -> None:
+    """A stopped node is given up by Ray's head; it ends its processes when it goes on."""
+
     def disturb(trace: TracedRanks) -> None:
         nodes = [cluster.node_of(one.process_id) for one in trace.ranks()]
         doomed = max(node for node in nodes if node is not None)
         assert doomed > 0, "ranks are on a node without the driver"
-        cluster.kill(doomed, "raylet")
+        raylet = cluster.kill(doomed, "raylet", how)
+        if how == signal.SIGSTOP:
+            wait_until(lambda: len(trace.ranks()) > 4, timeout_s=300)
+            raylet.send_signal(signal.SIGCONT)
 
     run_disturbed(disturb)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_rank(
+    tmp_path: Path, checkpoint: Path, cluster: LoopbackCluster, trace: TracedRanks
+) -> None:
+    source = write_corpus(tmp_path / "in", num_files=2)
+    values = sections(checkpoint, expert_parallel_size=2)
+    job = {
+        "config": job_values(source, tmp_path / "out", **values),
+        "trace_ranks": trace.folder,
+    }
+    with driver(tmp_path / "driver", job, cluster.address) as run:
+        wait_until(lambda: len(trace.ranks()) == 2, run, timeout_s=200)
+        run.send(signal.SIGKILL)
+        run.wait()
+    check_nothing_is_left(trace)
 
 
 # placing ─────────────────────────────────────────────────────────────────────────────────────────
