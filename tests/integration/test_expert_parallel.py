@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.ranks, pytest.mark.timeout(900)]
 RANK_TIMEOUT_S = 10.0
 """Far longer than a step of a tiny model takes on a busy machine."""
 NUM_DOCUMENTS = 50
+MANY_TOKENS = 60
+"""Of each answer, where something is to happen before all are written."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def trace(tmp_path: Path) -> TracedRanks:
     return TracedRanks(str(tmp_path / "trace"))
 
 
-def sections(checkpoint: Path, **engine: Any) -> dict[str, dict[str, Any]]:
+def sections(checkpoint: Path, max_tokens: int = 16, **engine: Any) -> dict[str, dict[str, Any]]:
     """A job of a minute's work at most on one rank: one sequence after the other."""
     return {
         "model": {"path": str(checkpoint)},
@@ -52,7 +54,7 @@ def sections(checkpoint: Path, **engine: Any) -> dict[str, dict[str, Any]]:
             "rank_timeout_s": RANK_TIMEOUT_S,
             **engine,
         },
-        "task": {"max_tokens": 16},
+        "task": {"max_tokens": max_tokens},
         "job": {"scheduling_timeout_s": 120},
     }
 
@@ -110,7 +112,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> A
     folder = tmp_path_factory.mktemp("undisturbed")
     source = write_corpus(folder / "in", num_files=2)
     with loopback_cluster(4) as cluster:
-        job = {"config": job_values(source, folder / "out", **sections(checkpoint))}
+        values = sections(checkpoint, MANY_TOKENS)
+        job = {"config": job_values(source, folder / "out", **values)}
         with driver(folder / "driver", job, cluster.address) as run:
             assert run.wait(300) == 0, run.output()
     return source, rows_of(folder / "out")
@@ -138,7 +141,7 @@ def run_disturbed(
 ) -> RunDisturbed:
     """Runs a job on two replicas of two ranks, and disturbs it once it has committed a shard."""
     source, expected = undisturbed
-    values = sections(checkpoint, expert_parallel_size=2, num_replicas=2)
+    values = sections(checkpoint, MANY_TOKENS, expert_parallel_size=2, num_replicas=2)
     values["source"] = {"documents_per_shard": 5}
     job = {
         "config": job_values(source, tmp_path / "out", **values),
