@@ -256,6 +256,7 @@ def test_a_disk_that_is_read_only_is_refused(tmp_path: Path, source: Path) -> No
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("joined_ray")
+@pytest.mark.slow
 def test_a_full_disk_leaves_whole_files_and_the_next_run_completes_them(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -110,6 +110,7 @@ def test_killed_readers_and_committers_are_replaced(tmp_path: Path) -> None:
     assert check_output(sink, NUM_DOCUMENTS) == rows_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_document_that_kills_its_worker_costs_its_own_row_alone(
     tmp_path: Path, engines: TracedEngines
 ) -> None:

@@ -60,6 +60,7 @@ def test_jobs_that_share_a_pass_give_the_rows_that_each_gives_alone(tmp_path: Pa
         )
 
 
+@pytest.mark.slow
 def test_each_job_of_a_pass_resumes_from_its_own_rows(tmp_path: Path) -> None:
     source, out = write_corpus(tmp_path / "in", num_files=2), tmp_path / "out"
     first, *_ = configs = jobs(source, out)

@@ -244,6 +244,7 @@ def test_a_bucket_is_answered_once_and_afterwards_only_what_changes(
     assert {name for name in after if after[name] != before[name]} == {"d25", "d31"}
 
 
+@pytest.mark.slow
 def test_refused_requests_are_repeated_and_counted(
     bucket: Bucket, runner: Runner, server: FaultyServer
 ) -> None:
