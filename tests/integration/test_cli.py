@@ -189,6 +189,7 @@ def test_a_log_gets_plain_lines(job: Path, tmp_path: Path, ray_address: str) -> 
 
 
 @pytest.mark.usefixtures("joined_ray")
+@pytest.mark.slow
 def test_each_way_a_run_can_end_has_its_exit_code(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

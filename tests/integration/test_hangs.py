@@ -30,6 +30,7 @@ def trace(tmp_path: Path) -> str:
 
 
 @pytest.mark.usefixtures("joined_ray")
+@pytest.mark.slow
 def test_a_replica_whose_engine_hangs_is_replaced_and_every_document_answered(
     tmp_path: Path, trace: str
 ) -> None:

@@ -106,6 +106,7 @@ def test_another_source_root_is_refused_unless_allowed(tmp_path: Path) -> None:
     check_output(sink, 25)
 
 
+@pytest.mark.slow
 def test_another_question_is_refused_and_restart_replaces_the_answers(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in", num_files=2), tmp_path / "out"
     run_job(make_config(source, sink))
@@ -124,6 +125,7 @@ def test_another_question_is_refused_and_restart_replaces_the_answers(tmp_path: 
     check_output(sink, 50)
 
 
+@pytest.mark.slow
 def test_limit_does_the_first_documents_and_leaves_no_snapshot(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in", num_files=2), tmp_path / "out"
     config = make_config(source, sink)

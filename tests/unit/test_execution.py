@@ -245,6 +245,7 @@ def test_a_config_that_no_replica_can_start_with_is_told_in_its_own_words(tmp_pa
     assert stop.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_replica_that_breaks_at_start_is_tried_again_and_its_cause_named(tmp_path: Path) -> None:
     config = make_config(write_corpus(tmp_path / "in", num_files=1), tmp_path / "out")
     with pytest.raises(InfrastructureError, match=r"could not start: RuntimeError.*bus error"):

@@ -153,6 +153,7 @@ def test_a_document_fails_beyond_max_chunks_and_not_at_it(tokenizer: Tokenizer) 
     assert "chunking.max_chunks" in beyond.error.message
 
 
+@pytest.mark.slow
 def test_a_document_of_10_mb_passes(tokenizer: Tokenizer) -> None:
     text = "The documentation names a maintainer for each document.\n" * 180_000
     (document,) = prepare(tokenizer, raw_row(text), max_tokens=20_000, max_chunks=1000)
