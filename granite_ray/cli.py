@@ -186,6 +186,20 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("output", metavar="OUT", help="sink.path of the job")
     status.add_argument("--json", action="store_true", help="print progress and report as JSON")
 
+    _add_eval(commands)
+
+    serving = commands.add_parser("serve", help="answer requests over HTTP until told to stop")
+    add_serve_arguments(serving)
+    add_ask_arguments(commands.add_parser("ask", help="ask a running server about files"))
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of a config, for editors")
+    schema.set_defaults(command=_schema)
+    schema.add_argument("--server", action="store_true", help="of what granite-ray serve takes")
+    return parser
+
+
+def _add_eval(commands: Any) -> None:
+    """Add the command to the others."""
     evaluation = commands.add_parser("eval", help="measure the results against a truth column")
     evaluation.set_defaults(command=_eval)
     evaluation.add_argument("config", metavar="CONFIG", help="YAML file of the job, as it ran")
@@ -196,15 +210,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", help="where to write it; by default _granite below sink.path"
     )
     add_config_arguments(evaluation)
-
-    serving = commands.add_parser("serve", help="answer requests over HTTP until told to stop")
-    add_serve_arguments(serving)
-    add_ask_arguments(commands.add_parser("ask", help="ask a running server about files"))
-
-    schema = commands.add_parser("schema", help="print the JSON Schema of a config, for editors")
-    schema.set_defaults(command=_schema)
-    schema.add_argument("--server", action="store_true", help="of what granite-ray serve takes")
-    return parser
 
 
 if __name__ == "__main__":
