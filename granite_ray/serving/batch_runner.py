@@ -11,9 +11,12 @@ from contextlib import suppress
 
 from granite_ray.errors import CorruptInputError, InfrastructureError, LeaseError
 from granite_ray.io.lease import Lease
+from granite_ray.serving.batch_documents import DocumentWork
+from granite_ray.serving.batch_requests import RequestWork
 from granite_ray.serving.batch_run import BatchRun, UnitAsker
 from granite_ray.serving.batch_store import Batch, Status
-from granite_ray.serving.batch_work import UnusableInputError, open_work
+from granite_ray.serving.batch_work import BatchWork, UnusableInputError
+from granite_ray.serving.errors import ApiError
 from granite_ray.serving.gateway import Gateway
 
 LEASE_S = 15.0
@@ -101,3 +104,18 @@ class BatchRunner:
         failed = state.moved("failed", problems=problems)
         await asyncio.to_thread(self._store.write_state, batch, failed)
         return "failed"
+
+
+def open_work(gateway: Gateway, batch: Batch) -> BatchWork:
+    """Read a batch's input; it blocks.
+
+    Raises:
+        UnusableInputError: It cannot be a batch.
+        StorageError: It cannot be read now.
+    """
+    try:
+        if batch.question is None:
+            return RequestWork(gateway, batch)
+        return DocumentWork(gateway, batch)
+    except ApiError as error:
+        raise UnusableInputError([error.message]) from error
