@@ -152,14 +152,15 @@ class DecodesInPlace:
 
     def attend(self, heads: Heads, attended_THA: torch.Tensor, workspace: Workspace) -> None:
         num = len(self.num_keys_S)
-        group = heads.queries_THA.shape[1] // heads.key_cache.shape[2]
-        shape = torch.get_num_threads(), group, -(-self.max_num_keys // 16) * 16
+        cache = PagedKeys(
+            heads.key_cache,
+            heads.value_cache,
+            self.block_tables_SB,
+            self.num_keys_S,
+            self.max_num_keys,
+        )
         self.kernels.attend(
-            heads.queries_THA[:num],
-            PagedKeys(heads.key_cache, heads.value_cache, self.block_tables_SB, self.num_keys_S),
-            heads.scale,
-            workspace.take("scores", shape, heads.key_cache, torch.float32),
-            attended_THA[:num],
+            heads.queries_THA[:num], cache, heads.scale, workspace, attended_THA[:num]
         )
 
 

@@ -69,7 +69,8 @@ class GraniteModel(nn.Module):
         head = self.embed_tokens if architecture.tie_word_embeddings else self.lm_head
         logits_LV = workspace.take("logits", (len(normed_LD), architecture.vocab_size), x_TD)
         head(normed_LD, logits_LV)
-        return logits_LV.float() / architecture.logits_scaling
+        # A copy in any dtype: the buffer is written anew by the next step.
+        return logits_LV.to(torch.float32, copy=True).div_(architecture.logits_scaling)
 
     @torch.inference_mode()
     def run_empty(self) -> None:

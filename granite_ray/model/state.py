@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from granite_ray.model.architecture import Architecture
+from granite_ray.model.pages import ask_for_large_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ def allocate_state(
     num_mamba = architecture.layer_types.count("mamba")
 
     def make(shape: tuple[int, ...], kind: torch.dtype, count: int) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
+        made = tuple(torch.empty(shape, dtype=kind, device=device) for _ in range(count))
+        ask_for_large_pages(made)
+        return made
 
     kv_shape = (num_blocks, block_size, *heads)
     conv_shape = (num_slots, architecture.mamba_conv_dim, architecture.mamba_d_conv - 1)

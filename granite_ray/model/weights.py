@@ -20,6 +20,7 @@ from granite_ray.errors import ConfigError
 from granite_ray.model.architecture import Architecture
 from granite_ray.model.granite import GraniteModel
 from granite_ray.model.moe import MixtureOfExperts
+from granite_ray.model.pages import ask_for_large_pages
 from granite_ray.parallel.experts import Dispatcher, LocalDispatcher
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,6 +68,7 @@ def load_weights(
     """
     with _making(dtype, device):
         model = GraniteModel(architecture, dispatcher)
+    ask_for_large_pages(model.parameters())
     pieces = {piece.name: piece for piece in _pieces(model)}
     with ExitStack() as stack:
         try:
@@ -237,6 +239,7 @@ def dummy_model(
     """
     with _making(dtype, device):
         model = GraniteModel(architecture, dispatcher)
+    ask_for_large_pages(model.parameters())
     noise = _Noise(seed, device)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:

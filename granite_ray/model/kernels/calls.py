@@ -14,6 +14,8 @@ from granite_ray.model.workspace import Workspace
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NUMBER, _THREADS = ctypes.c_float, ctypes.c_int
+MAX_SCORES = 2**24
+"""Scores of all threads, 64 MiB: with more, a long context's heads are taken in parts."""
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear": (*[_POINTER] * 3, *[_INTEGER] * 3, _THREADS),
     "norm": (*[_POINTER] * 3, *[_INTEGER] * 2, _NUMBER, _THREADS),
@@ -29,7 +31,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "attend": (
         *(_POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER, _POINTER),
         *([_INTEGER] * 5),
-        *(_NUMBER, _POINTER, _INTEGER, _POINTER, _THREADS),
+        *(_NUMBER, _INTEGER, _POINTER, _INTEGER, _POINTER, _THREADS),
     ),
 }
 
@@ -43,12 +45,14 @@ class PagedKeys:
         values: Of all sequences.
         block_tables_SB: int32.
         num_keys_S: int64, positions that a sequence sees, its own included.
+        max_num_keys: Not less than any of them.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     block_tables_SB: torch.Tensor
     num_keys_S: torch.Tensor
+    max_num_keys: int
 
 
 class MambaParameters(ctypes.Structure):
@@ -136,7 +140,7 @@ class CpuKernels:
         queries_SHA: torch.Tensor,
         cache: PagedKeys,
         scale: float,
-        scores: torch.Tensor,
+        workspace: Workspace,
         out_SHA: torch.Tensor,
     ) -> None:
         """Write what one query of each sequence takes from what is cached.
@@ -145,13 +149,20 @@ class CpuKernels:
             queries_SHA: Each sequence's heads stand together; sequences may lie apart.
             cache: What they see.
             scale: Of the scores.
-            scores: float32 room, [threads, H / G, K]; K is a multiple of 16 and not less than any
-                number of keys.
+            workspace: Memory.
             out_SHA: The answers.
         """
         keys, values = cache.keys, cache.values
         _, block_size, num_kv_heads, head_dim = keys.shape
         num_sequences, num_heads, _ = queries_SHA.shape
+        num_threads, group = torch.get_num_threads(), num_heads // num_kv_heads
+        # A thread has for each head the scores of all keys, and the sum of values.
+        room = -(-cache.max_num_keys // 16) * 16 + head_dim
+        parts = 1 if num_sequences >= 2 * num_threads else min(num_threads, num_kv_heads)
+        while parts < num_kv_heads and num_threads * num_heads * room > parts * MAX_SCORES:
+            parts = min(2 * parts, num_kv_heads)
+        shape = num_threads, -(-num_kv_heads // parts) * group, room
+        scores = workspace.take("scores", shape, keys, torch.float32)
         self._library.attend(
             queries_SHA.data_ptr(),
             queries_SHA.stride(0),
@@ -162,12 +173,13 @@ class CpuKernels:
             cache.num_keys_S.data_ptr(),
             num_sequences,
             num_kv_heads,
-            num_heads // num_kv_heads,
+            group,
             head_dim,
             block_size,
             scale,
+            parts,
             scores.data_ptr(),
-            scores.shape[2],
+            room,
             out_SHA.data_ptr(),
             len(scores),
         )

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,16 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor, num_roundings: int 
     """Each number is the exact one up to so many roundings of numbers of the exact ones' size."""
     tolerance = num_roundings * ROUNDING * exact.abs().clamp(min=float(exact.abs().mean()))
     assert (found.double() - exact).abs().sub(tolerance).max() <= 0
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 7, 8, MAX_TOKENS])
@@ -160,19 +172,21 @@ def test_decodes_attend_to_all_that_is_cached(
             values[block, :num] = draw(num, num_kv_heads, head_dim)
     fused = draw(len(lengths), num_heads + 2 * num_kv_heads, head_dim)
     queries, scale = fused[:, :num_heads], 0.09
-    scores = torch.full((3, num_heads // num_kv_heads, -(-max(lengths) // 16) * 16), torch.nan)
-    out = torch.full((len(lengths), num_heads, head_dim), torch.nan).bfloat16()
-    compiled.attend(
-        queries, PagedKeys(keys, values, tables, torch.tensor(lengths)), scale, scores, out
-    )
-    for sequence, length in enumerate(lengths):
-        seen = [
-            cache[tables[sequence].long()].flatten(0, 1)[:length].double()
-            for cache in (keys, values)
-        ]
-        key, value = (one.repeat_interleave(num_heads // num_kv_heads, dim=1) for one in seen)
-        weights = (torch.einsum("ha,kha->hk", queries[sequence].double(), key) * scale).softmax(-1)
-        assert_rounded(out[sequence], torch.einsum("hk,kha->ha", weights, value))
+    # Few sequences divide their heads among threads.
+    for chosen, num_threads in (([0, 1, 2, 3], 1), ([0, 1, 2, 3], 2), ([3], 3), ([2, 0], 16)):
+        out = torch.full((len(chosen), num_heads, head_dim), torch.nan).bfloat16()
+        seen_lengths = torch.tensor(lengths)[chosen]
+        cache = PagedKeys(keys, values, tables[chosen], seen_lengths, max(lengths))
+        with threads(num_threads):
+            compiled.attend(queries[chosen], cache, scale, Workspace(), out)
+        for found, sequence in zip(out, chosen, strict=True):
+            seen = [
+                cached[tables[sequence].long()].flatten(0, 1)[: lengths[sequence]].double()
+                for cached in (keys, values)
+            ]
+            key, value = (one.repeat_interleave(num_heads // num_kv_heads, dim=1) for one in seen)
+            scores = torch.einsum("ha,kha->hk", queries[sequence].double(), key) * scale
+            assert_rounded(found, torch.einsum("hk,kha->ha", scores.softmax(-1), value))
 
 
 def test_a_very_large_score_takes_all_the_weight(compiled: CpuKernels) -> None:
@@ -181,9 +195,10 @@ def test_a_very_large_score_takes_all_the_weight(compiled: CpuKernels) -> None:
     keys[0, 3] = 100.0
     keys[0, 4] = -100.0
     values = torch.arange(16.0)[None, :, None, None].expand(1, 16, 1, 64).bfloat16().contiguous()
-    cache = PagedKeys(keys, values, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([16]))
+    tables = torch.zeros(1, 1, dtype=torch.int32)
+    cache = PagedKeys(keys, values, tables, torch.tensor([16]), 16)
     out = torch.empty(1, 1, 64).bfloat16()
-    compiled.attend(torch.ones(1, 1, 64).bfloat16(), cache, 1.0, torch.empty(1, 1, 16), out)
+    compiled.attend(torch.ones(1, 1, 64).bfloat16(), cache, 1.0, Workspace(), out)
     assert (out == 3).all()
 
 
