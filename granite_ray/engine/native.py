@@ -6,6 +6,7 @@ here they meet.
 
 import itertools
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,6 +29,7 @@ from granite_ray.engine.sampling import TokenMasks, choose_tokens, compute_masks
 from granite_ray.engine.scheduler import Scheduler, SchedulerLimits
 from granite_ray.engine.sequence import ScheduledSequence, Sequence, StepPlan
 from granite_ray.engine.sizing import CacheSize, cache_budget, size_cache
+from granite_ray.engine.turns import Turns
 from granite_ray.engine.weighing import Weighing
 from granite_ray.errors import ConfigError
 from granite_ray.model.attention_plan import can_read_blocks
@@ -148,6 +150,7 @@ class NativeCore:
         self._continuations: dict[Sequence, Continuation] = {}
         self._weighings: dict[Sequence, Weighing] = {}
         self._masking = ThreadPoolExecutor(1, "masks")
+        self._turns = Turns()
 
     @property
     def num_steps(self) -> int:
@@ -192,10 +195,15 @@ class NativeCore:
     def step(self) -> None:
         """Compute one step and give what it brings to sequences and callers."""
         self._drop_abandoned()
-        plan = self._scheduler.schedule()
+        plan = self._scheduler.schedule(prefers_interactive=self._turns.are_interactive_only)
         if not plan.scheduled:
             self._runner.run_empty()
             return
+        started = time.perf_counter()
+        self._compute(plan)
+        self._turns.note(plan, time.perf_counter() - started)
+
+    def _compute(self, plan: StepPlan) -> None:
         # Known only now: `complete` moves the sequences on.
         takers = [(item, num_logits_rows(item)) for item in plan.scheduled if item.needs_logits]
         sampled = [item.sequence for item in plan.scheduled if _is_sampled(item)]

@@ -69,18 +69,23 @@ class Scheduler:
         assert sequence.max_num_tokens <= self._cache.max_num_tokens, "it must fit when alone"
         insort(self._waiting, sequence, key=_precedence)
 
-    def schedule(self) -> StepPlan:
-        """Choose what the next step does; nothing only if there is nothing to do."""
+    def schedule(self, *, prefers_interactive: bool = False) -> StepPlan:
+        """Choose what the next step does; nothing only if there is nothing to do.
+
+        Args:
+            prefers_interactive: Leave the others out, if an interactive sequence can do something.
+        """
         num_running = len(self._running)
         num_ready = self._make_room()
+        has_room = num_ready == num_running  # whoever runs gets memory before whoever waits
+        ready = self._running[:num_ready]
         step = _Step(self._limits, self._cache)
-        # Without uncomputed tokens: branches. With one: a decode. With more: a run.
-        for sequence in sorted(self._running[:num_ready], key=_num_uncomputed_up_to_two):
-            step.add(sequence)
-        if num_ready == num_running:  # whoever runs gets memory before whoever waits
-            self._admit(step)
-        if self._num_overtakes >= MAX_OVERTAKES:
-            self._promote(step)
+        if prefers_interactive:
+            self._fill(step, _interactive(ready), _interactive(self._waiting), has_room=has_room)
+        if not step.scheduled:
+            self._fill(step, ready, self._waiting, has_room=has_room)
+            if self._num_overtakes >= MAX_OVERTAKES:
+                self._promote(step)
         return step.plan()
 
     def complete(self, plan: StepPlan) -> None:
@@ -143,18 +148,28 @@ class Scheduler:
         sequence.num_preemptions += 1
         insort(self._waiting, sequence, key=_precedence)
 
-    def _admit(self, step: "_Step") -> None:
+    def _fill(
+        self, step: "_Step", ready: list[Sequence], waiting: list[Sequence], *, has_room: bool
+    ) -> None:
+        """Give a step's tokens to sequences that run, and then to those that wait."""
+        # Without uncomputed tokens: branches. With one: a decode. With more: a run.
+        for sequence in sorted(ready, key=_num_uncomputed_up_to_two):
+            step.add(sequence)
+        if has_room:
+            self._admit(step, ready, waiting)
+
+    def _admit(self, step: "_Step", ready: list[Sequence], waiting: list[Sequence]) -> None:
         """Let waiting sequences run while there is room, in order of precedence.
 
-        Left out for now are those with a junction that a running sequence is about to reach:
+        Left out for now are those with a junction that a sequence at work is about to reach:
         they will find what it computes. A block for each running sequence is left free, lest the
         next step preempts whom this one admits.
         """
         max_num_seqs = self._limits.max_num_seqs
-        if not self._waiting or len(self._running) == max_num_seqs:
+        if not waiting or len(self._running) == max_num_seqs:
             return
-        in_progress = set(chain.from_iterable(map(self._cache.junctions_ahead, self._running)))
-        for sequence in self._waiting[:max_num_seqs]:
+        in_progress = set(chain.from_iterable(map(self._cache.junctions_ahead, ready)))
+        for sequence in waiting[:max_num_seqs]:
             if len(self._running) == max_num_seqs or step.num_tokens_left <= 0:
                 return
             if not in_progress.isdisjoint(self._cache.junctions_ahead(sequence)):
@@ -235,6 +250,10 @@ class _Step:
 
     def _num_left_for_branches(self) -> int:
         return min(self.num_tokens_left, self.num_branch_tokens_left)
+
+
+def _interactive(sequences: list[Sequence]) -> list[Sequence]:
+    return [sequence for sequence in sequences if sequence.is_interactive]
 
 
 def _precedence(sequence: Sequence) -> tuple[bool, int]:

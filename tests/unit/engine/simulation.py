@@ -62,12 +62,16 @@ class Simulation:
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self) -> StepPlan:
+    def step(self, *, prefers_interactive: bool = False) -> StepPlan:
         """Run one step as the engine does, and check all that can be checked on the way."""
         self.is_broken = True
         running_before = self._running()
-        plan = self.scheduler.schedule()
-        self._check_plan(plan, running_before)
+        plan = self.scheduler.schedule(prefers_interactive=prefers_interactive)
+        others_rest = prefers_interactive and any(
+            item.sequence.is_interactive for item in plan.scheduled
+        )
+        assert not others_rest or all(item.sequence.is_interactive for item in plan.scheduled)
+        self._check_plan(plan, running_before, others_rest=others_rest)
         for source, target in plan.restored:
             self._states[target] = self._states[source]
         for scheduled in plan.scheduled:
@@ -130,7 +134,9 @@ class Simulation:
     def _running(self) -> list[Sequence]:
         return [s for s in self.live.values() if s.status is SequenceStatus.RUNNING]
 
-    def _check_plan(self, plan: StepPlan, running_before: list[Sequence]) -> None:
+    def _check_plan(
+        self, plan: StepPlan, running_before: list[Sequence], *, others_rest: bool
+    ) -> None:
         assert plan.scheduled or not self.live, "nothing was planned although there was work"
         sequences = [item.sequence for item in plan.scheduled]
         assert len(set(sequences)) == len(sequences)
@@ -149,7 +155,8 @@ class Simulation:
         # lacks budget only if others took all of it.
         if num_tokens < self.limits.max_num_batched_tokens - 1:
             for sequence in running_before:
-                if sequence.num_uncomputed_tokens == 1 and sequence not in sequences:
+                is_due = sequence.is_interactive or not others_rest
+                if is_due and sequence.num_uncomputed_tokens == 1 and sequence not in sequences:
                     assert sequence.status is SequenceStatus.WAITING or self._lacks_block(sequence)
         targets = [target for _, target in (*plan.restored, *plan.saved)]
         assert len(set(targets)) == len(targets)

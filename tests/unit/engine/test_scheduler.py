@@ -97,10 +97,10 @@ class EngineMachine(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(sorted(self.simulation.live)))
         self.simulation.finish(self.simulation.live[seq_id])
 
-    @rule(num_steps=st.integers(1, 5))
-    def step(self, num_steps: int) -> None:
+    @rule(num_steps=st.integers(1, 5), prefers_interactive=st.booleans())
+    def step(self, num_steps: int, prefers_interactive: bool) -> None:
         for _ in range(num_steps):
-            self.simulation.step()
+            self.simulation.step(prefers_interactive=prefers_interactive)
 
     @precondition(lambda self: self.simulation.live)
     @rule()
@@ -214,6 +214,30 @@ def test_interactive_sequences_go_first_and_others_in_order_of_arrival() -> None
         simulation.add((1, 2, 3), is_interactive=is_interactive)
     simulation.run()
     assert simulation.finished == [2, 3, 0, 1, 4]
+
+
+def test_others_rest_where_interactive_sequences_are_preferred_and_can_do_something() -> None:
+    simulation = Simulation(limits(num_tokens=20), num_blocks=64, block_size=4)
+    simulation.add(numbers(0, 4), num_new=9)
+    assert counts(simulation.step(prefers_interactive=True)) == [(0, 4)], "nobody else is there"
+    simulation.add(numbers(10, 13), num_new=3, is_interactive=True)
+    simulation.add(numbers(20, 23), num_new=3)
+    assert counts(simulation.step(prefers_interactive=True)) == [(1, 3)]
+    assert counts(simulation.step(prefers_interactive=True)) == [(1, 1)]
+    assert counts(simulation.step()) == [(1, 1), (0, 1), (2, 3)]
+    assert simulation.finished == [1]
+    assert counts(simulation.step(prefers_interactive=True)) == [(0, 1), (2, 1)]
+
+
+def test_others_that_rest_are_not_promoted_for_it() -> None:
+    simulation = Simulation(limits(), num_blocks=64, block_size=4)
+    batch = simulation.add(numbers(0, 4), num_new=99)
+    simulation.step()
+    for _ in range(3 * MAX_OVERTAKES):
+        simulation.add((5, 6, 7), is_interactive=True)
+        simulation.step(prefers_interactive=True)
+    simulation.step()
+    assert not batch.is_interactive
 
 
 def test_latest_of_the_lowest_precedence_is_preempted() -> None:
