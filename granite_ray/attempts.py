@@ -65,8 +65,9 @@ class Journal:
         self._running: set[str] = set()
         self._in_engine: set[str] = set()
         self._shards: dict[str, _ShardJournal] = {}
-        self._counts: dict[tuple[str, int], LiveCounts] = {}
-        self._num_steps: dict[tuple[str, int], int] = {}
+        self._counts: dict[tuple[str, str], LiveCounts] = {}
+        self._num_steps: dict[tuple[str, str], int] = {}
+        self._newest: dict[str, str] = {}
         self._is_busy: dict[str, bool] = {}
         self._start_error: GraniteRayError | None = None
         self._num_signs = 0
@@ -139,9 +140,12 @@ class Journal:
             self._shards[shard_id].is_inside = False
 
     def report(
-        self, replica_id: str, process_id: int, counts: Mapping[str, int], num_steps: int
-    ) -> None:
+        self, replica_id: str, process_id: str, counts: Mapping[str, int], num_steps: int
+    ) -> bool:
         """Take over the counts of a replica's process, and how many steps its engine has made.
+
+        Return whether the process is still wanted. It is not once another has taken its place:
+        processes of a node that Ray has given up may run on, where its daemon could not end them.
 
         That it reports is a sign of life while no shard is in an engine: to read the first may
         take long. From then on only progress is, for a process that stands still altogether would
@@ -149,12 +153,15 @@ class Journal:
         """
         process, now = (replica_id, process_id), LiveCounts(**counts)
         before = self._counts.get(process)
+        if before is None:
+            self._newest[replica_id] = process_id
         if not self._in_engine or (now, num_steps) != (before, self._num_steps.get(process)):
             self._num_signs += 1
         self._is_busy[replica_id] = num_steps > self._num_steps.get(process, 0)
         self._counts[process], self._num_steps[process] = now, num_steps
         if now.prompt_tokens > (before or LiveCounts()).prompt_tokens:
             self._deaths_in_a_row, self._last_words = 0, ""
+        return self._newest[replica_id] == process_id
 
     def show_life(self) -> None:
         """Note that a commit is at work: a sign of life under the same condition as a report."""

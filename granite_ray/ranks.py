@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import ray
@@ -73,6 +72,7 @@ class RankedEngine:
         self._lock = threading.Lock()  # guards the unsettled and the failure
         self._unsettled: set[Future[Any]] = set()
         self._workers: list[Any] = []
+        self._placement: PlacementGroup | None = None
         self.failure: InfrastructureError | None = None
         self.num_calls = self.num_steps = self.num_cached_tokens = 0
         actor_id = ray.get_runtime_context().get_actor_id()
@@ -95,16 +95,13 @@ class RankedEngine:
         is_interactive: bool = False,
         on_token: OnToken | None = None,
     ) -> Completion:
-        """Continue `prompt`; see `Engine`. `on_token` hears of all tokens at once, at the end."""
+        """Continue `prompt`; see `Engine`. `on_token` is called in the caller's own loop."""
 
         def call(worker: Any) -> Any:
-            return worker.generate.remote(prompt, sampling, grammar, is_interactive)
+            method = worker.generate if on_token is None else worker.stream
+            return method.remote(prompt, sampling, grammar, is_interactive)
 
-        completion: Completion = await self._ask(prompt, sampling.max_tokens, call)
-        if on_token is not None:
-            logprobs = completion.logprobs or (None,) * len(completion.token_ids)
-            for token_id, logprob in zip(completion.token_ids, logprobs, strict=True):
-                on_token(token_id, logprob)
+        completion: Completion = await self._ask(prompt, sampling.max_tokens, call, on_token)
         return completion
 
     async def score(
@@ -132,9 +129,16 @@ class RankedEngine:
         for worker in self._workers:
             with suppress(ray.exceptions.RayError):
                 ray.kill(worker)
-        _remove(self._name)
+        if self._placement is not None:  # by itself: its name may be that of a successor's by now
+            remove_placement_group(self._placement)
 
-    async def _ask(self, prompt: Prompt, num_answer_tokens: int, call: Callable[[Any], Any]) -> Any:
+    async def _ask(
+        self,
+        prompt: Prompt,
+        num_answer_tokens: int,
+        call: Callable[[Any], Any],
+        on_token: OnToken | None = None,
+    ) -> Any:
         check_fits(prompt, num_answer_tokens, self._max_model_len)
         answer: Future[Any] = Future()
         with self._lock:
@@ -143,21 +147,23 @@ class RankedEngine:
             self._unsettled.add(answer)
         self.num_calls += 1
         rank, num_tokens = self._balance.choose(prompt, num_answer_tokens)
-        reference = call(self._workers[rank])
-        reference.future().add_done_callback(partial(_pass_on, answer))
+        asked = call(self._workers[rank])
+        listening = asyncio.ensure_future(_listen(asked, answer, on_token))
         try:
             return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
-            ray.cancel(reference)
+            ray.cancel(asked)
             raise
         finally:
+            listening.cancel()
             self._balance.release(rank, num_tokens)
             with self._lock:
                 self._unsettled.discard(answer)
 
     def _reserve(self, bundles: list[dict[str, float]]) -> PlacementGroup:
         """Reserve room for all ranks at once, on one node where there is one with so much."""
-        placement: PlacementGroup = placement_group(bundles, strategy="PACK", name=self._name)
+        self._placement = placement_group(bundles, strategy="PACK", name=self._name)
+        placement: PlacementGroup = self._placement
         patience_s = PLACING_SHARE * self._patience_s
         if not placement.wait(patience_s):
             free = ray.available_resources()
@@ -264,13 +270,19 @@ def _wait_for(references: list[Any], deadline: float) -> list[Any]:
     return values
 
 
-def _pass_on(answer: Future[Any], done: Future[Any]) -> None:
-    """Settle a caller's future as a rank settled its own."""
-    if done.cancelled():
-        fail(answer, InfrastructureError("The call was cancelled."))
-        return
-    error = done.exception()
-    if error is None:
-        settle(answer, done.result())
-    else:
+async def _listen(asked: Any, answer: Future[Any], on_token: OnToken | None) -> None:
+    """Settle a caller's future as a rank settles its own; pass on the tokens before."""
+    try:
+        if on_token is None:
+            settle(answer, await asked)
+            return
+        async for reference in asked:
+            item = await reference
+            if isinstance(item, Completion):
+                settle(answer, item)
+                return
+            for token_id, logprobs in item:
+                on_token(token_id, logprobs)
+        fail(answer, InfrastructureError("A rank ended a call without an answer."))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the caller gets it
         fail(answer, own_error(error))

@@ -9,8 +9,10 @@ import logging
 import os
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -57,6 +59,7 @@ from granite_ray.tokenizer import load_tokenizer
 REPORT_INTERVAL_S = 1.0
 STEPS_ADMITTED = 16
 """Document tokens that may be in flight, in steps of the engine: enough to keep it full."""
+RUN_HAS_ENDED = "The run has ended; its journal is gone."
 LAST_WORDS_S = 5.0
 """How long a replica that ends itself tries to tell the journal why."""
 
@@ -88,8 +91,13 @@ class ReplicaWorker:
         self.gate = ReplicaGate(STEPS_ADMITTED * step_tokens)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.replica_id = ray.get_runtime_context().get_actor_id()
+        self.process_id = uuid.uuid4().hex  # those of the system repeat from node to node
         self.counts = LiveCounts()
-        self._report(0, 0)  # it has its place; loading may take as long again
+        try:  # it has its place; loading may take as long again
+            with suppress(ray.exceptions.ActorUnavailableError):
+                ray.get(self._report(0, 0))
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError(RUN_HAS_ENDED) from error
         try:
             self._load(contexts, resources)
         except Exception as error:
@@ -124,7 +132,7 @@ class ReplicaWorker:
         try:
             attempt = await self.journal.begin.remote(shard_id, self.node_id)
         except ray.exceptions.RayActorError as error:
-            raise InfrastructureError("The run has ended; its journal is gone.") from error
+            raise InfrastructureError(RUN_HAS_ENDED) from error
         if attempt.mode == "skip":
             yield (
                 block.drop_columns(["prepared"])
@@ -188,7 +196,7 @@ class ReplicaWorker:
     def look(self, watch: StallWatch, timeout_s: float) -> None:
         """Show life, also while no shard is here, and end where the engine shows none."""
         num_calls, num_steps = self.llm.num_in_flight, self.engine.num_steps
-        self._report(num_steps, self.engine.num_cached_tokens)
+        told = self._report(num_steps, self.engine.num_cached_tokens).future()
         if watch.look(time.monotonic(), num_calls, num_steps):
             self._die(
                 InfrastructureError(
@@ -198,10 +206,26 @@ class ReplicaWorker:
             )
         if isinstance(self.engine, RankedEngine) and self.engine.failure is not None:
             self._die(self.engine.failure)
+        self._leave_unless_wanted(told)
 
-    def _report(self, num_steps: int, num_cached_tokens: int) -> None:
+    def _leave_unless_wanted(self, told: Future[bool]) -> None:
+        """End this process where the run has ended, or another process has taken its place.
+
+        Ray ends it then as well, unless the daemon of its node is what is lost.
+        """
+        try:
+            is_wanted = told.result(LAST_WORDS_S)
+        except ray.exceptions.ActorDiedError:
+            is_wanted = False
+        except (ray.exceptions.RayError, TimeoutError):
+            return  # the driver waits for the journal too, and ends the run if it must
+        if not is_wanted:
+            logger.info("replica is not wanted any more, and ends")
+            self._end()
+
+    def _report(self, num_steps: int, num_cached_tokens: int) -> Any:
         counts = asdict(replace(self.counts, cached_tokens=num_cached_tokens))
-        self.journal.report.remote(self.replica_id, os.getpid(), counts, num_steps)
+        return self.journal.report.remote(self.replica_id, self.process_id, counts, num_steps)
 
     def _die(self, error: InfrastructureError) -> NoReturn:
         """End this process, whose engine is broken: Ray replaces it, the journal counts the death.
@@ -212,8 +236,14 @@ class ReplicaWorker:
         told = self.journal.give_up.remote(str(error)).future()
         with suppress(ray.exceptions.RayError, TimeoutError):
             told.result(LAST_WORDS_S)
+        self._end()
+
+    def _end(self) -> NoReturn:
         if isinstance(self.engine, RankedEngine):
-            self.engine.shutdown()  # what this process started would outlive it
+            # What this process started would outlive it; but Ray may not answer any more.
+            ender = threading.Thread(target=self.engine.shutdown, daemon=True)
+            ender.start()
+            ender.join(LAST_WORDS_S)
         logging.shutdown()
         os._exit(1)
 

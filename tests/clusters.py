@@ -51,11 +51,11 @@ class LoopbackCluster:
             self.address = found[0]
         return number
 
-    def kill(self, number: int, daemon: str) -> None:
-        """Kill -9 a daemon of one node: `raylet` or `gcs_server`."""
+    def kill(self, number: int, daemon: str, how: signal.Signals = signal.SIGKILL) -> None:
+        """Kill -9 a daemon of one node, `raylet` or `gcs_server`, or send it another signal."""
         found = [process for process in self._processes(number) if process.name() == daemon]
         assert len(found) == 1, f"node {number} has {len(found)} processes named {daemon}"
-        found[0].send_signal(signal.SIGKILL)
+        found[0].send_signal(how)
 
     def node_of(self, process_id: int) -> int | None:
         """The number of the node that a worker process runs on, None if it is gone."""

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from granite_ray.checkpoint import Checkpoint
@@ -188,6 +189,14 @@ def _append(path: Path, line: str) -> None:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
+
+
+def is_gone(process_id: int) -> bool:
+    """Whether a process has ended, though its parent may not have taken note of it."""
+    try:
+        return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 # storages ────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
@@ -18,7 +17,7 @@ from granite_ray import run_job
 from granite_ray.errors import ConfigError, InfrastructureError
 from tests.clusters import LoopbackCluster, loopback_cluster
 from tests.corpus import job_values, make_config, write_corpus
-from tests.faults import TracedRanks, driver, result_files, wait_until
+from tests.faults import TracedRanks, driver, is_gone, result_files, wait_until
 from tests.invariants import check_output, rows_of
 from tests.tiny_models import write_checkpoint
 
@@ -67,7 +66,7 @@ def placement_states() -> list[str]:
 def check_nothing_is_left(trace: TracedRanks) -> None:
     """No process of any rank, no placement group, no file in shared memory but Ray's own."""
     ranks = [rank.process_id for rank in trace.ranks()]
-    wait_until(lambda: not any(map(psutil.pid_exists, ranks)), timeout_s=30)
+    wait_until(lambda: all(map(is_gone, ranks)), timeout_s=30)
     wait_until(lambda: set(placement_states()) <= {"REMOVED"}, timeout_s=30)
     shared = [path.name for path in Path("/dev/shm").iterdir()]
     assert not [name for name in shared if "gloo" in name or "torch" in name]
@@ -178,22 +177,16 @@ def test_a_rank_that_dies_or_stops_takes_its_replica_down_and_the_shard_is_done_
     run_disturbed(disturb)
 
 
-def is_gone(process_id: int) -> bool:
-    try:
-        return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_shards_of_ranks_on_a_lost_node_are_done_elsewhere(
-    run_disturbed: RunDisturbed, cluster: LoopbackCluster
+    run_disturbed: RunDisturbed, cluster: LoopbackCluster, how: signal.Signals
 ) -> None:
     def disturb(trace: TracedRanks) -> None:
         nodes = [cluster.node_of(one.process_id) for one in trace.ranks()]
         doomed = max(node for node in nodes if node is not None)
         assert doomed > 0, "ranks are on a node without the driver"
-        cluster.kill(doomed, "raylet")
+        cluster.kill(doomed, "raylet", how)
 
     run_disturbed(disturb)
 

@@ -1,5 +1,6 @@
 """Nodes and control stores that die under a run, on clusters of the test's own."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests.clusters import loopback_cluster
 from tests.corpus import job_values, write_corpus
-from tests.faults import TracedEngines, driver, result_files, wait_until
+from tests.faults import TracedEngines, driver, is_gone, result_files, wait_until
 from tests.invariants import check_output, report_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -18,7 +19,10 @@ HEAD_DEATH_S = 60.0
 """A driver that lost its head is gone after this time, with what it takes to end."""
 
 
-def test_the_shards_of_a_dead_node_run_elsewhere_and_no_document_is_blamed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_shards_of_a_dead_node_run_elsewhere_and_no_document_is_blamed(
+    tmp_path: Path, how: signal.Signals
+) -> None:
     source, sink, trace = write_corpus(tmp_path / "in"), tmp_path / "out", tmp_path / "trace"
     trace.mkdir()
     engines = TracedEngines(str(trace))
@@ -31,8 +35,11 @@ def test_the_shards_of_a_dead_node_run_elsewhere_and_no_document_is_blamed(tmp_p
         nodes = {cluster.node_of(pid) for pid, _ in engines.replicas()}
         doomed = max(node for node in nodes if node is not None)
         assert doomed > 0, "a replica is on a node without the driver"
-        cluster.kill(doomed, "raylet")
-        assert run.wait(300) == 0, run.output()
+        lost = [pid for pid, _ in engines.replicas() if cluster.node_of(pid) == doomed]
+        cluster.kill(doomed, "raylet", how)
+        assert run.wait(600) == 0, run.output()
+        # Whoever waits for a daemon that stands still would wait for ever.
+        wait_until(lambda: all(map(is_gone, lost)), timeout_s=60)
     check_output(sink, NUM_DOCUMENTS)
     assert len(engines.replicas()) > 2, "no replica was lost"
     assert report_of(sink)["worker_deaths"] == 0

@@ -34,7 +34,7 @@ def die(journal: Journal, shard_id: str, document: int | None = None) -> None:
 
 def answer_documents(journal: Journal, number: int) -> None:
     """A replica has answered so many documents by now."""
-    journal.report("replica", 1, counts(documents=number, prompt_tokens=number), 0)
+    journal.report("replica", "process-1", counts(documents=number, prompt_tokens=number), 0)
 
 
 def test_a_shard_is_tried_together_then_alone_then_one_document_at_a_time() -> None:
@@ -163,13 +163,22 @@ def test_an_end_that_is_told_twice_or_of_an_unknown_shard_changes_nothing() -> N
 
 def test_counts_are_summed_over_processes_and_replicas_counted_once() -> None:
     journal = start()
-    journal.report("a", 1, counts(documents=3, prompt_tokens=10), 0)
-    journal.report("b", 2, counts(documents=4, failed=1), 0)
-    journal.report("a", 1, counts(documents=5, prompt_tokens=20), 0)
-    journal.report("a", 9, counts(documents=1, completion_tokens=7), 0)
+    journal.report("a", "process-1", counts(documents=3, prompt_tokens=10), 0)
+    journal.report("b", "process-2", counts(documents=4, failed=1), 0)
+    journal.report("a", "process-1", counts(documents=5, prompt_tokens=20), 0)
+    journal.report("a", "process-9", counts(documents=1, completion_tokens=7), 0)
     state = journal.state()
     assert state["counts"] == counts(10, 1, 20, 7)
     assert state["replicas"] == 2
+
+
+def test_a_process_whose_place_another_has_taken_is_told_that_it_is_not_wanted() -> None:
+    journal = start()
+    assert journal.report("a", "first", counts(), 0)
+    assert journal.report("a", "second", counts(), 0)
+    assert not journal.report("a", "first", counts(), 1)
+    assert journal.report("a", "second", counts(), 1)
+    assert journal.report("b", "third", counts(), 0)
 
 
 def test_whatever_a_replica_tells_is_a_sign_of_life() -> None:
@@ -179,7 +188,7 @@ def test_whatever_a_replica_tells_is_a_sign_of_life() -> None:
         lambda: journal.begin("s", NODE),
         lambda: journal.enter("s"),
         lambda: journal.begin_document("s", 0),
-        lambda: journal.report("a", 1, counts(), 0),
+        lambda: journal.report("a", "process-1", counts(), 0),
         lambda: journal.leave("s"),
         journal.show_life,
         lambda: journal.end("s"),
@@ -196,7 +205,7 @@ def are_signs(journal: Journal, *reports: tuple[str, dict[str, int], int]) -> li
     found = []
     for replica_id, live, num_steps in reports:
         before = journal.state()["num_signs"]
-        journal.report(replica_id, 1, live, num_steps)
+        journal.report(replica_id, "process-1", live, num_steps)
         found.append(journal.state()["num_signs"] > before)
     return found
 

@@ -125,7 +125,7 @@ def journal() -> Iterator[Any]:
 def report(journal: Any) -> None:
     """A replica reports that it has done nothing new."""
     counts = {"documents": 0, "failed": 0, "prompt_tokens": 0, "completion_tokens": 0}
-    journal.report.remote("idle", 1, counts, 0)
+    journal.report.remote("idle", "process", counts, 0)
 
 
 def watch(journal: Any, timeout_s: float, for_s: float, *, with_reports: bool) -> None:

@@ -15,9 +15,11 @@ import ray
 
 from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
+from granite_ray.engine.requests import OnToken
 from granite_ray.errors import ConfigError, InfrastructureError, RowFailure
 from granite_ray.io.commit import Generation
 from granite_ray.parallel.place import RankPlace
+from granite_ray.rank_worker import RankWorker
 from granite_ray.ranks import RankedEngine, remove_ranks
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams
 from granite_ray.stages import StageContext
@@ -26,7 +28,7 @@ from tests.faults import wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("joined_ray"), pytest.mark.timeout(300)]
 
-ANSWER, REFUSE, HANG = Prompt((1,)), Prompt((2,)), Prompt((3,))
+ANSWER, REFUSE, HANG, SPEAK = Prompt((1,)), Prompt((2,)), Prompt((3,)), Prompt((4,))
 ONE_TOKEN = SamplingParams(1)
 
 
@@ -70,18 +72,32 @@ class Puppet:
         with (self.folder / what).open("a") as file:
             file.write(f"{word}\n")
 
+    def noted(self, what: str) -> bool:
+        return (self.folder / what).exists()
+
     async def generate(
-        self, prompt: Prompt, _: SamplingParams, __: Grammar | None, *, is_interactive: bool
+        self,
+        prompt: Prompt,
+        _: SamplingParams,
+        __: Grammar | None,
+        *,
+        is_interactive: bool,
+        on_token: OnToken | None = None,
     ) -> Completion:
         self.note("interactive" if is_interactive else "called", str(self.place.rank))
         if prompt == REFUSE:
             raise RowFailure("schema_violation", "the grammar cannot be met")
+        if on_token is not None:
+            on_token(7, None)
+            on_token(8, None)
         try:
-            while prompt == HANG:
-                await asyncio.sleep(1)
+            while prompt == HANG or (prompt == SPEAK and not self.noted("go on")):
+                await asyncio.sleep(0.1)
         except asyncio.CancelledError:
             self.note("cancelled", str(self.place.rank))
             raise
+        if on_token is not None:
+            on_token(9, None)
         return Completion(f"rank {self.place.rank}", len(prompt.token_ids), 1, "stop")
 
     async def score(
@@ -123,8 +139,10 @@ def shared(
     engine.shutdown()
 
 
-def make_context(puppets: Puppets, timeout_s: float, run_id: str = "a-run") -> StageContext:
-    engine = {"backend": "fake", "expert_parallel_size": 2, "rank_timeout_s": 20}
+def make_context(
+    puppets: Puppets, timeout_s: float, run_id: str = "a-run", rank_timeout_s: float = 20
+) -> StageContext:
+    engine = {"backend": "fake", "expert_parallel_size": 2, "rank_timeout_s": rank_timeout_s}
     job = {"scheduling_timeout_s": timeout_s}
     config = make_config(puppets.folder, puppets.folder, engine=engine, job=job)
     checkpoint = open_checkpoint(config.model, weights_needed=False)
@@ -190,6 +208,67 @@ def test_a_caller_that_leaves_is_told_to_the_rank(shared: tuple[RankedEngine, Pu
     asyncio.run(leave())
     wait_until(lambda: puppets.noted("cancelled"), timeout_s=30)
     assert engine.failure is None
+
+
+def test_tokens_of_a_rank_arrive_while_the_rest_is_still_to_come(
+    shared: tuple[RankedEngine, Puppets],
+) -> None:
+    engine, puppets = shared
+    heard: list[int] = []
+
+    async def listen() -> tuple[list[int], Completion]:
+        call = asyncio.create_task(
+            engine.generate(SPEAK, ONE_TOKEN, on_token=lambda token_id, _: heard.append(token_id))
+        )
+        await asyncio.to_thread(wait_until, lambda: len(heard) == 2)
+        before = list(heard)
+        (Path(puppets.folder) / "go on").touch()
+        return before, await call
+
+    before, completion = asyncio.run(listen())
+    assert (before, heard) == ([7, 8], [7, 8, 9])
+    assert completion.text.startswith("rank")
+
+
+@pytest.mark.parametrize("prompt", [HANG, REFUSE], ids=["leaves", "is refused"])
+def test_a_listener_that_leaves_or_is_refused_hears_no_more(
+    shared: tuple[RankedEngine, Puppets], prompt: Prompt
+) -> None:
+    engine, puppets = shared
+    num_cancelled = len(puppets.noted("cancelled"))
+    heard: list[int] = []
+
+    async def listen() -> list[Any]:
+        call = asyncio.create_task(
+            engine.generate(prompt, ONE_TOKEN, on_token=lambda token_id, _: heard.append(token_id))
+        )
+        if prompt == HANG:
+            await asyncio.to_thread(wait_until, lambda: heard)
+            call.cancel()
+        return await asyncio.gather(call, return_exceptions=True)
+
+    [ended] = asyncio.run(listen())
+    if prompt == HANG:
+        assert isinstance(ended, asyncio.CancelledError)
+        wait_until(lambda: len(puppets.noted("cancelled")) > num_cancelled, timeout_s=30)
+    else:
+        assert isinstance(ended, RowFailure)
+    assert engine.failure is None
+
+
+def test_ranks_that_nobody_asks_for_a_sign_of_life_end_themselves(tmp_path: Path) -> None:
+    """What is left of a replica on a node that Ray has given up."""
+    puppets = Puppets(str(tmp_path))
+    context = make_context(puppets, 90.0, rank_timeout_s=1)
+    rank = ray.remote(num_cpus=0, concurrency_groups={"life": 1})(RankWorker).remote(context)
+    ray.get(rank.load.remote(1, ("", 0), 1))
+    [process_id] = map(int, puppets.noted("started"))
+    for _ in range(4):
+        assert ray.get(rank.beat.options(concurrency_group="life").remote()) == (7, 3)
+        time.sleep(1)
+    wait_until(lambda: not psutil.pid_exists(process_id), timeout_s=30)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(rank.beat.remote())
 
 
 def test_a_rank_that_dies_ends_all_calls_and_nothing_of_the_others_stays(
