@@ -19,10 +19,10 @@ from granite_ray.serving.batch_store import (
     batch_to_api,
     new_batch_id,
 )
+from granite_ray.serving.conversation import Shape
 from granite_ray.serving.errors import ApiError
 from granite_ray.serving.gateway import Gateway
 from granite_ray.serving.keys import Caller
-from granite_ray.serving.shapes import Shape
 
 HOUR_S = 3600
 MAX_KEY_LENGTH = 200

@@ -16,9 +16,9 @@ from granite_ray.errors import ConfigError, RowFailure
 from granite_ray.io.columns import SourceColumns, check_collisions
 from granite_ray.io.raw import empty_row, fill_row, raw_schema
 from granite_ray.records import output_schema
+from granite_ray.serving.conversation import Shape, check_unicode
 from granite_ray.serving.errors import ApiError
 from granite_ray.serving.gateway import Gateway
-from granite_ray.serving.shapes import Shape, check_unicode
 from granite_ray.tasks import Task
 from granite_ray.tasks.templates import only_writes_variables
 

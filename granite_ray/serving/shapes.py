@@ -6,12 +6,12 @@ Each shape becomes a record of `calls`. No field names a path or a URL.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from granite_ray.errors import ConfigError
 from granite_ray.records import COPY_KEYWORD, SamplingParams
 from granite_ray.serving.calls import CompletionCall
-from granite_ray.serving.errors import ApiError
+from granite_ray.serving.conversation import Message, NamedTool, Shape, Tool, bad, check_unicode
 from granite_ray.tasks.schema import check_schema, compile_grammar
 
 MAX_CHOICES = 8
@@ -21,87 +21,8 @@ MAX_TOOLS = 128
 MAX_ALTERNATIVES = 20
 MAX_SEED = 2**63 - 1
 
-FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class Shape(BaseModel):
-    """Base of all that is received: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TextPart(Shape):
-    """A part of a message; pictures and sounds are not understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(Shape):
-    """What an earlier turn called; `arguments` is a JSON object as text."""
-
-    name: FunctionName
-    arguments: str = "{}"
-
-
-class ToolCall(Shape):
-    """A call that an earlier turn made."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(Shape):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    def to_turn(self) -> dict[str, Any]:
-        """Return the turn as chat templates take it."""
-        parts = self.content if isinstance(self.content, list) else None
-        text = self.content if parts is None else "\n".join(part.text for part in parts)
-        role = "system" if self.role == "developer" else self.role
-        turn: dict[str, Any] = {"role": role, "content": text or ""}
-        if self.tool_calls:
-            turn["tool_calls"] = [_turn_call(call) for call in self.tool_calls]
-        return turn
-
-
-class Function(Shape):
-    """A function that the model may call; `parameters` is a JSON Schema of an object."""
-
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Shape):
-    """A tool: functions are the only kind."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Shape):
-    """A function by its name."""
-
-    name: FunctionName
-
-
-class NamedTool(Shape):
-    """The tool that must be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
 
 
 class SchemaFormat(Shape):
@@ -185,18 +106,18 @@ class ChatRequest(Sampled):
         max_tokens = self.max_completion_tokens or self.max_tokens
         _check_most(max_tokens, most_tokens, "max_completion_tokens")
         if self.top_logprobs is not None and not self.logprobs:
-            raise _bad("top_logprobs needs logprobs: true.", "top_logprobs")
+            raise bad("top_logprobs needs logprobs: true.", "top_logprobs")
         check_unicode([tool.model_dump() for tool in self.tools or ()], "tools")
-        tools = tuple(_plain(tool) for tool in self.tools or ())
+        tools = tuple(tool.to_plain() for tool in self.tools or ())
         choice = self._tool_choice()
         must_call = choice not in ("auto", "none")
         if must_call and choice not in ("required", *(tool["function"]["name"] for tool in tools)):
-            raise _bad("tool_choice names a function that tools does not have.", "tool_choice")
+            raise bad("tool_choice names a function that tools does not have.", "tool_choice")
         if must_call and not tools:
-            raise _bad("tool_choice needs tools.", "tool_choice")
+            raise bad("tool_choice needs tools.", "tool_choice")
         schema = None if self.response_format is None else json_schema(self.response_format)
         if schema is not None and tools and choice != "none":
-            raise _bad("response_format and tools exclude each other here.", "response_format")
+            raise bad("response_format and tools exclude each other here.", "response_format")
         if must_call:
             for tool in tools:
                 _check_parameters(tool["function"].get("parameters"))
@@ -237,9 +158,9 @@ class CompletionRequest(Sampled):
         _check_most(max_tokens, most_tokens, "max_tokens")
         prompts = self.prompts()
         if self.echo and (self.logprobs is not None or not isinstance(prompts[0], str)):
-            raise _bad("echo goes with prompts of text and without logprobs.", "echo")
+            raise bad("echo goes with prompts of text and without logprobs.", "echo")
         if self.suffix is not None and not isinstance(prompts[0], str):
-            raise _bad("suffix goes with prompts of text.", "suffix")
+            raise bad("suffix goes with prompts of text.", "suffix")
         return CompletionCall(
             sampling=self.sampling(seed, self.logprobs),
             most_tokens=most_tokens,
@@ -269,21 +190,9 @@ def json_schema(form: ResponseFormat) -> str | None:
     if form.type == "json_object":
         return '{"type":"object"}'
     if form.json_schema is None:
-        raise _bad("response_format.type json_schema needs json_schema.", "response_format")
+        raise bad("response_format.type json_schema needs json_schema.", "response_format")
     where = "response_format.json_schema.schema"
     return _checked(form.json_schema.schema_, where)
-
-
-def check_unicode(value: Any, name: str) -> None:
-    """Refuse JSON data with half of a surrogate pair in it, which no tokenizer can read.
-
-    Raises:
-        ApiError: 400.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise _bad(f"{name} holds half of a surrogate pair.", name) from None
 
 
 def _check_parameters(parameters: dict[str, Any] | None) -> None:
@@ -299,28 +208,9 @@ def _checked(schema: dict[str, Any], where: str) -> str:
             raise ConfigError(f"task.schema has {COPY_KEYWORD}; use /v1/extract for copies.")
         return compile_grammar(definition).json_schema
     except ConfigError as error:
-        raise _bad(str(error).replace("task.schema", where), where) from error
-
-
-def _turn_call(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments)
-    except (ValueError, RecursionError) as error:
-        raise _bad("arguments of a tool call are no JSON.", "messages") from error
-    if not isinstance(arguments, dict):
-        raise _bad("arguments of a tool call are no JSON object.", "messages")
-    return {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-
-
-def _plain(tool: Tool) -> dict[str, Any]:
-    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
-    return {"type": "function", "function": function}
+        raise bad(str(error).replace("task.schema", where), where) from error
 
 
 def _check_most(max_tokens: int | None, most_tokens: int, name: str) -> None:
     if max_tokens is not None and max_tokens > most_tokens:
-        raise _bad(f"{name} is {max_tokens}; this server allows {most_tokens}.", name)
-
-
-def _bad(message: str, param: str) -> ApiError:
-    return ApiError(400, message, "invalid_value", param=param)
+        raise bad(f"{name} is {max_tokens}; this server allows {most_tokens}.", name)

@@ -2,17 +2,22 @@
 
 import concurrent.futures
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
+import httpx2
 import openai
 import pytest
+import yaml
 from ray import serve
 
 from granite_ray import read_results, run_job
 from granite_ray.config import parse_config
+from tests.heads import BIN, ray_head
 from tests.integration.serving_servers import (
     RunningServer,
     running_server,
@@ -20,10 +25,13 @@ from tests.integration.serving_servers import (
     wait_until,
     write_config,
 )
+from tests.unit.io.faulty_server import FaultyServer
+from tests.unit.serving.conftest import KEY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 MODEL = "quickstart"
+SERVE = f"{BIN}/serve"
 TURNS = [{"role": "user", "content": "What is zlib?"}]
 TEXTS = [f"Package {n} reads archives. It has {n} tools and a library." for n in range(40)]
 TASK = {"labels": ["games", "libs", "science", "text"]}
@@ -137,8 +145,9 @@ def test_a_replica_on_several_ranks_answers_as_one_on_one(
         whole = client.chat.completions.create(**values)
         assert whole.choices[0].message.content == expected.choices[0].message.content
         chunks = client.chat.completions.create(**values, stream=True)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert text == whole.choices[0].message.content
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert len([piece for piece in pieces if piece]) > 3, "it comes as it is written"
         [shell] = ranked.actors("engine")
         shell.kill()
         wait_until(lambda: answers(client, values), 600, 2)
@@ -201,6 +210,88 @@ def test_a_restarted_server_goes_on_with_its_batches_and_drains(tmp_path: Path) 
         assert (batch.request_counts.completed, batch.request_counts.failed) == (200, 0)
         lines = server.openai().files.content(batch.output_file_id).text.splitlines()
         assert [json.loads(line)["custom_id"] for line in lines] == [f"c{n}" for n in range(200)]
+
+
+@pytest.mark.slow
+def test_replicas_follow_the_requests(tmp_path: Path) -> None:
+    engine = {"backend": "fake", "fake_tokens_per_s": 20, "num_replicas": [1, 2], "max_num_seqs": 2}
+    with running_server(write_config(tmp_path, engine=engine)) as server:
+        assert len(server.actors("engine")) == 1
+        client = server.openai(timeout=900)
+        values = {"model": MODEL, "messages": TURNS, "max_tokens": 200}
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(client.chat.completions.create, **values) for _ in range(60)]
+            wait_until(lambda: len(server.actors("engine")) == 2, 300)
+            for one in asked:
+                one.cancel()
+        assert all(one.result().choices for one in asked if not one.cancelled())
+
+
+@pytest.mark.slow
+def test_files_and_batches_live_in_a_bucket_and_outlive_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = FaultyServer()
+    bucket.start()
+    known = {
+        "AWS_ENDPOINT_URL": bucket.url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="answers")
+    engine = {"backend": "fake", "fake_tokens_per_s": 1000}
+    config = write_config(tmp_path, engine=engine, serve={"store_path": "s3://answers/store"})
+    try:
+        with running_server(config) as server:
+            batch_id = begin_batch(server)
+            batches = server.openai().batches
+            wait_until(lambda: batches.retrieve(batch_id).request_counts.completed > 0, 300)
+        with running_server(config) as server:
+            batch = ended(server, batch_id)
+            assert (batch.request_counts.completed, batch.request_counts.failed) == (200, 0)
+            files = server.openai().files
+            lines = files.content(batch.output_file_id).text.splitlines()
+            assert [json.loads(line)["custom_id"] for line in lines] == [
+                f"c{number}" for number in range(200)
+            ]
+            assert files.delete(batch.input_file_id).deleted
+    finally:
+        bucket.stop()
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_serve_deploy_brings_the_application_to_a_cluster(tmp_path: Path) -> None:
+    """By Ray's own command, as the example in configs/ says, with the paths and a port of ours."""
+    deploy = yaml.safe_load(Path("configs/serve_deploy.yaml").read_text())
+    [application] = deploy["applications"]
+    application["args"]["config"] = str(write_config(tmp_path, engine={"backend": "fake"}))
+    path = tmp_path / "deploy.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        deploy["http_options"]["port"] = free.getsockname()[1]
+    path.write_text(yaml.safe_dump(deploy))
+    url = f"http://127.0.0.1:{deploy['http_options']['port']}"
+    with ray_head("127.0.0.36") as head:
+        deployed = head.run(SERVE, "deploy", str(path), "--address", head.dashboard)
+        assert deployed.returncode == 0, deployed.stderr
+
+        def status() -> str:
+            return head.run(SERVE, "status", "--address", head.dashboard).stdout
+
+        wait_until(lambda: "status: RUNNING" in status(), 300, 2)
+        http = httpx2.Client(trust_env=False)
+        client = openai.OpenAI(api_key=KEY, base_url=f"{url}/v1", http_client=http)
+        assert [model.id for model in client.models.list()] == [MODEL]
+        answer = client.chat.completions.create(model=MODEL, messages=TURNS, max_tokens=5)
+        assert answer.choices[0].message.content
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="gr-nobody").models.list()
+        http.close()
+        stopped = head.run(SERVE, "shutdown", "-y", "--address", head.dashboard)
+        assert stopped.returncode == 0, stopped.stderr
 
 
 def begin_batch(server: RunningServer) -> str:

@@ -176,6 +176,42 @@ def test_prompts_are_continued_each_with_its_choices(server):
     assert "".join(by_ids.choices[0].logprobs.tokens) == by_ids.choices[0].text
 
 
+def test_a_gap_is_filled_between_prompt_and_suffix(server):
+    """As the checkpoint's own control tokens for gaps mark it; words of a document mark nothing."""
+    tokenizer = server.gateway.tasks._tokenizer
+    encode = tokenizer.encode_text
+    before, after, middle = (
+        tokenizer.encode_template(f"<fim_{name}>") for name in ("prefix", "suffix", "middle")
+    )
+    assert [len(ids) for ids in (before, after, middle)] == [1, 1, 1]
+    prompt, suffix = "A library that <fim_middle>", " archives."
+
+    async def run(**values):
+        return await server.openai().completions.create(
+            **{"model": MODEL, "max_tokens": 8, "temperature": 0, **values}
+        )
+
+    filled = asyncio.run(run(prompt=prompt, suffix=suffix))
+    by_ids = asyncio.run(run(prompt=[*before, *encode(prompt), *after, *encode(suffix), *middle]))
+    assert filled.choices[0].text == by_ids.choices[0].text
+    assert filled.usage == by_ids.usage
+    assert filled.usage.prompt_tokens == 3 + len(encode(prompt)) + len(encode(suffix))
+    error = refusal(
+        openai.BadRequestError, lambda: asyncio.run(run(prompt=encode(prompt), suffix=suffix))
+    )
+    assert error.param == "suffix"
+
+
+def test_an_answer_that_must_be_json_is_an_object(server):
+    values = {"response_format": {"type": "json_object"}, "temperature": 1.0, "max_tokens": 300}
+    answers = [chat(server, seed=seed, **values).choices[0] for seed in range(4)]
+    ended = [answer for answer in answers if answer.finish_reason == "stop"]
+    assert ended, "the seeds are chosen so that one ends"
+    for answer in ended:
+        assert isinstance(json.loads(answer.message.content), dict)
+    assert all(answer.message.content.lstrip().startswith("{") for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("values", "param"),
     [
