@@ -1,12 +1,16 @@
 """Our engine beside transformers' `generate` and vLLM: same weights, same requests, same lengths.
 
     python benchmarks/engine.py [--layers 6] [--repeats 3] [--vllm-python PATH] [--busy] [--quick]
+    python benchmarks/engine.py --model granite-4.0-h-tiny --layers 10
+    python benchmarks/engine.py --repeats 1 --plot FILE.svg [--vllm-python PATH]
 
-In the shapes of granite-3.1-1b-a400m, in bfloat16 with random weights, on the CPU. First a workload
-of mixed requests with a common beginning, then prefill and decode by themselves. Every engine runs
-in a fresh process, in turns with the others; figures are medians over the repeats. Of the ceiling:
-the machine's own GEMM and memory rates are measured in turns too, and what a workload must
-multiply, and the weights that it must read, are counted by hand.
+In the shapes of granite-3.1-1b-a400m, or of another model with experts, in bfloat16 with random
+weights, on the CPU. First a workload of mixed requests with a common beginning, then prefill and
+decode by themselves. Every engine runs in a fresh process, in turns with the others; figures are
+medians over the repeats. Of the ceiling: the machine's own GEMM and memory rates are measured in
+turns too, and what a workload must multiply, and the weights that it must read, are counted by
+hand. A plot asks for many sizes, and shows how speed changes with the batch and with the context;
+it needs matplotlib.
 """
 
 import argparse
@@ -22,9 +26,13 @@ from typing import Any
 
 import torch
 from engines.exchange import Assignment, Measure, Timed, read_result, read_timed, write_assignment
+from engines.plots import Panel, draw_speeds
 from engines.programs import OURS, VLLM, Program, find_engines, find_tcmalloc
 from engines.workload import (
+    CURVES,
     FULL,
+    HYBRID,
+    MOE,
     QUICK,
     Size,
     count_flops,
@@ -34,7 +42,7 @@ from engines.workload import (
     write_checkpoint,
 )
 
-MAX_MODEL_LEN = 4096
+MAX_MODEL_LEN = 8448
 
 
 @dataclass(slots=True)
@@ -58,13 +66,22 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens that `measure` brings beyond what `less` does, and the least time they need."""
+    """Tokens that `measure` brings beyond what `less` does, and the least time they need.
 
-    name: str
+    `num_sequences` together, with `num_context_tokens` each; of a prefill these are what it brings.
+    """
+
+    kind: str
+    num_sequences: int
+    num_context_tokens: int
     num_tokens: int
     measure: str
     less: str | None
     least_s: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.num_sequences} x {self.num_context_tokens}"
 
     def seconds(self, figures: Figures, engine: str) -> float:
         seconds = figures.seconds(engine, self.measure)
@@ -73,12 +90,12 @@ class Speed:
 
 def main() -> None:
     arguments = parse_arguments()
-    size = QUICK if arguments.quick else FULL
+    size = choose_size(arguments)
     preloaded = [] if arguments.default_malloc else find_tcmalloc()
     print_conditions(arguments, preloaded)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_checkpoint(folder / "checkpoint", arguments.layers)
+        config = write_checkpoint(folder / "checkpoint", arguments.layers, arguments.model)
         measures = make_measures(size, config["vocab_size"], arguments.batch_size)
         assignment = Assignment(
             checkpoint_path=str(folder / "checkpoint"),
@@ -91,15 +108,27 @@ def main() -> None:
         engines = find_engines(arguments.vllm_python, preloaded)
         figures = run_in_turns(folder, engines, arguments.repeats)
     print_workload(config, measures[1], figures)
-    print_speeds(list(make_speeds(size, config, measures, figures)), figures)
+    speeds = list(make_speeds(size, config, measures, figures))
+    print_speeds(speeds, figures)
     print_agreement(figures)
+    if arguments.plot:
+        draw_speeds(arguments.plot, curves_of(speeds, figures))
+
+
+def choose_size(arguments: argparse.Namespace) -> Size:
+    if arguments.quick:
+        return QUICK
+    if arguments.plot:
+        return CURVES
+    return HYBRID if "-h-" in arguments.model else FULL
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=6, help="of the 24 (default: 6)")
+    parser.add_argument("--model", default=MOE, help="a folder of configs/models with experts")
+    parser.add_argument("--layers", type=int, default=6, help="the first ones (default: 6)")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each engine")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each engine")
     parser.add_argument(
@@ -110,6 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--busy", action="store_true", help="CPU seconds of one thread: the machine has other work"
     )
+    parser.add_argument("--plot", type=Path, help="draw speed over batch and context to this file")
     parser.add_argument("--quick", action="store_true", help="only to see that it works: 2 layers")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -148,11 +178,10 @@ def make_measures(size: Size, vocab_size: int, batch_size: int) -> list[Measure]
     for num_requests, num_tokens in size.prefills:
         name = name_prefill(num_requests, num_tokens)
         measures.append(make_measure(name, vocab_size, num_requests, num_tokens, 1))
-    for num_requests in size.decode_batches:
+    for batch in size.decodes:
         for num_steps in (0, size.num_decode_steps):
-            name = name_decode(num_requests, num_steps)
-            num_tokens = size.num_context_tokens
-            measures.append(make_measure(name, vocab_size, num_requests, num_tokens, num_steps + 1))
+            name = name_decode(*batch, num_steps)
+            measures.append(make_measure(name, vocab_size, *batch, num_steps + 1))
     return measures
 
 
@@ -160,8 +189,8 @@ def name_prefill(num_requests: int, num_tokens: int) -> str:
     return f"prefill, {num_requests} x {num_tokens}"
 
 
-def name_decode(num_requests: int, num_steps: int) -> str:
-    return f"decode, batch {num_requests}, {num_steps} steps"
+def name_decode(num_requests: int, num_tokens: int, num_steps: int) -> str:
+    return f"decode, {num_requests} x {num_tokens}, {num_steps} steps"
 
 
 # show ────────────────────────────────────────────────────────────────────────────────────────────
@@ -171,8 +200,8 @@ def print_conditions(arguments: argparse.Namespace, preloaded: list[Path]) -> No
     allocator = preloaded[0].name if preloaded else "default malloc, no tcmalloc"
     clock = "CPU seconds" if arguments.busy else "seconds on the clock"
     print(
-        f"{arguments.layers} layers, bfloat16, {arguments.threads} threads, torch "
-        f"{torch.__version__}, {allocator}, {arguments.repeats} repeats, "
+        f"{arguments.model}, {arguments.layers} layers, bfloat16, {arguments.threads} threads, "
+        f"torch {torch.__version__}, {allocator}, {arguments.repeats} repeats, "
         f"{clock}, load {os.getloadavg()[0]:.1f} at the start",
         flush=True,
     )
@@ -216,14 +245,54 @@ def make_speeds(
         flops = count_flops(config, by_name[name])
         read_bytes = weight_bytes(config, num_requests * num_tokens)
         least_s = figures.least_seconds(flops, read_bytes)
-        yield Speed(name, num_requests * num_tokens, name, None, least_s)
-    for num_requests in size.decode_batches:
-        less, more = (name_decode(num_requests, steps) for steps in (0, size.num_decode_steps))
+        sizes = num_requests, num_tokens, num_requests * num_tokens
+        yield Speed("prefill", *sizes, name, None, least_s)
+    for num_requests, num_context in size.decodes:
+        less, more = (
+            name_decode(num_requests, num_context, steps) for steps in (0, size.num_decode_steps)
+        )
         flops = count_flops(config, by_name[more]) - count_flops(config, by_name[less])
         read_bytes = size.num_decode_steps * weight_bytes(config, num_requests)
         least_s = figures.least_seconds(flops, read_bytes)
         num_tokens = num_requests * size.num_decode_steps
-        yield Speed(f"decode, batch {num_requests}", num_tokens, more, less, least_s)
+        yield Speed("decode", num_requests, num_context, num_tokens, more, less, least_s)
+
+
+def curves_of(speeds: Sequence[Speed], figures: Figures) -> list[Panel]:
+    """Return what a plot shows: decodes over the batch, and both kinds over the context."""
+    by_batch = [one for one in speeds if one.kind == "decode" and one.num_context_tokens == 128]
+    by_context = [one for one in speeds if one.kind == "decode" and one.num_sequences == 8]
+    prefills = [one for one in speeds if one.kind == "prefill"]
+    engines = list(figures.timed)
+
+    def panel(title: str, axis: str, shown: list[Speed], sizes: list[int]) -> Panel:
+        lines = {
+            engine: [one.num_tokens / one.seconds(figures, engine) for one in shown]
+            for engine in engines
+        }
+        lines["ceiling"] = [one.num_tokens / one.least_s for one in shown]
+        return Panel(title, axis, sizes, lines)
+
+    return [
+        panel(
+            "decode, context 128",
+            "sequences together",
+            by_batch,
+            [one.num_sequences for one in by_batch],
+        ),
+        panel(
+            "decode, 8 sequences",
+            "tokens of context",
+            by_context,
+            [one.num_context_tokens for one in by_context],
+        ),
+        panel(
+            "prefill, 1 prompt",
+            "tokens of the prompt",
+            prefills,
+            [one.num_context_tokens for one in prefills],
+        ),
+    ]
 
 
 def print_speeds(speeds: Sequence[Speed], figures: Figures) -> None:
