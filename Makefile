@@ -5,8 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
-# Tests wait for Ray most of their time. Files stay whole: those in one share a Ray.
-SIDE_BY_SIDE := -n 3 --dist loadfile
+# Tests wait for Ray half of their time. Files stay whole: those in one share a Ray.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: run test test-slow check format lock clean
 

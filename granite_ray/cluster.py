@@ -6,6 +6,7 @@ Says what a replica needs, checks that the cluster has it, and nothing about sha
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +22,7 @@ from ray._private import auto_init_hook
 from granite_ray.config import EngineConfig, JobSection
 from granite_ray.config.load import default_ray_address
 from granite_ray.errors import InfrastructureError
+from granite_ray.interrupts import InterruptedRunError
 
 SHELL_CPUS = 0.5
 """Of the actor that answers shards where the model runs in others. Unlike what reading and
@@ -93,12 +95,18 @@ class Cluster:
 
         Raises:
             InfrastructureError: If it cannot be reached or started.
+            InterruptedRunError: If a signal ends it.
         """
         _quiet_ray_data()
         if not ray.is_initialized():
             self._is_ours = True
-            _start(self._job, self._engine)
-            self._on_start()
+            try:
+                _start(self._job, self._engine)
+                self._on_start()
+            except SystemExit as error:  # what Ray makes of a signal as long as it has them
+                if error.code not in (signal.SIGINT, signal.SIGTERM):
+                    raise
+                raise InterruptedRunError(int(error.code)) from error
 
     def place_replicas(self) -> ReplicaResources:
         """Start Ray, wait for what the replicas need, and return what they may take.

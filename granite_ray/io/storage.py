@@ -9,7 +9,6 @@ from typing import Any, BinaryIO, Protocol
 from granite_ray.errors import ConfigError
 from granite_ray.io.files import FileInfo, absolute
 from granite_ray.io.local import LocalStorage
-from granite_ray.io.s3 import S3Storage
 
 __all__ = ["FileInfo", "OpenedStorages", "Storage", "absolute", "open_storage"]
 
@@ -72,6 +71,8 @@ class Storage(Protocol):
 def open_storage(path: str) -> Storage:
     """Return the storage whose root is `path`: `s3://bucket/folder`, or a local folder."""
     if path.startswith("s3://"):
+        from granite_ray.io.s3 import S3Storage  # takes a third of a second in every process
+
         return S3Storage(path)
     if "://" in path:
         raise ConfigError(

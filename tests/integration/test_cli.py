@@ -149,6 +149,7 @@ def check_ways_to_read(lines: list[str], sink: Path) -> None:
     assert len(duckdb.sql(query).fetchall()) == len(rows_of(sink))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_stops_the_run_and_says_how_to_go_on(
     job: Path, tmp_path: Path, ray_address: str
 ) -> None:

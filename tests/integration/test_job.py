@@ -78,6 +78,7 @@ def test_rows_of_a_vanished_file_go_with_it(tmp_path: Path) -> None:
     assert not any(row["source_file"] == "part-002.parquet" for row in rows)
 
 
+@pytest.mark.slow
 def test_more_than_half_vanished_is_refused_unless_allowed(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in"), tmp_path / "out"
     config = make_config(source, sink)
@@ -138,6 +139,7 @@ def test_limit_does_the_first_documents_and_leaves_no_snapshot(tmp_path: Path) -
     check_output(sink, 50)
 
 
+@pytest.mark.slow
 def test_limit_on_a_finished_output_changes_nothing(tmp_path: Path) -> None:
     source, sink = write_corpus(tmp_path / "in"), tmp_path / "out"
     config = make_config(source, sink)

@@ -132,6 +132,7 @@ def test_a_document_that_kills_its_worker_costs_each_job_its_own_row(tmp_path: P
         ]
 
 
+@pytest.mark.slow
 def test_jobs_that_do_not_ask_the_same_follow_one_another(tmp_path: Path) -> None:
     source, out = write_corpus(tmp_path / "in", num_files=1), tmp_path / "out"
     one, two, _ = jobs(source, out)

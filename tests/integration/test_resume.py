@@ -48,8 +48,8 @@ def undisturbed(joined_ray: None, corpus: Path, tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     "crash",
     [
-        "after replace lease.json",
-        "after put_if_absent probe",
+        pytest.param("after replace lease.json", marks=pytest.mark.slow),
+        pytest.param("after put_if_absent probe", marks=pytest.mark.slow),
         "after replace job.json",
         pytest.param("before replace _SUCCESS.json", marks=pytest.mark.slow),
         pytest.param("after replace _SUCCESS.json", marks=pytest.mark.slow),
@@ -227,6 +227,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_larger_cluster(
 # one writer ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_one_works_and_the_other_writes_nothing(
     corpus: Path, undisturbed: Rows, ray_address: str, tmp_path: Path
 ) -> None:
@@ -262,6 +263,7 @@ def test_a_run_that_slept_past_its_lease_stops_and_leaves_nothing_behind(
     assert check_output(sink, NUM_DOCUMENTS) == undisturbed
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_dead_process_on_this_host_is_taken_over_at_once(
     corpus: Path, undisturbed: Rows, ray_address: str, tmp_path: Path
 ) -> None:

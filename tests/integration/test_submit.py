@@ -63,6 +63,7 @@ def id_of(ended: subprocess.CompletedProcess[str]) -> str:
     return ended.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_followed_job_shows_its_log_and_ends_with_its_own_exit_code(
     head: Head, tmp_path: Path
 ) -> None:

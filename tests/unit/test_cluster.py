@@ -1,0 +1,28 @@
+"""The Ray of a job as it starts: what a signal does then."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from granite_ray.cluster import Cluster
+from granite_ray.interrupts import InterruptedRunError
+from tests.corpus import make_config
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_ray_takes_while_it_starts_ends_the_run_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def start(**_: Any) -> None:
+        raise SystemExit(int(number))  # as Ray's own handler does
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = make_config(tmp_path, tmp_path / "out")
+    with pytest.raises(InterruptedRunError) as ended, Cluster(config.job, config.engine) as cluster:
+        cluster.start()
+    assert ended.value.exit_code == 128 + number
