@@ -120,13 +120,15 @@ def write_checkpoint(folder: Path, num_layers: int, preset: str = MOE) -> dict[s
     """
     values = json.loads((PRESETS / preset / "config.json").read_text())
     values |= {"num_hidden_layers": num_layers, "residual_multiplier": RESIDUAL_MULTIPLIER}
+    # The embedded tokenizer, which stands in for each model's own, has no more than 6,144 tokens.
+    values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_TOKEN_ID)
     if "layer_types" in values:
         values["layer_types"] = values["layer_types"][:num_layers]
     config = AutoConfig.for_model(**values)
     assert config.tie_word_embeddings
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fill_randomly(model, SEED)
-    model.get_input_embeddings().weight[config.eos_token_id] = 0
+    model.get_input_embeddings().weight[END_TOKEN_ID] = 0
     disable_progress_bar()
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -9,6 +9,9 @@ from torch import nn
 from granite_ray.model.kernels import MAX_TOKENS, CpuKernels, kernels_for
 from granite_ray.model.workspace import Workspace
 
+LEAST_ROWS = 4
+"""Of a weight that the CPU kernel multiplies by."""
+
 
 class RMSNorm(nn.Module):
     """Scale each token to unit mean square in float32, then by a weight in the model's dtype."""
@@ -38,8 +41,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size))
         self.bias = nn.Parameter(torch.empty(output_size)) if has_bias else None
-        fitting = kernels_for(self.weight, (input_size, 32), (output_size, 4))
-        self.kernels = None if has_bias else fitting
+        fits = not has_bias and output_size >= LEAST_ROWS
+        self.kernels = kernels_for(self.weight, (input_size, 32)) if fits else None
 
     def forward(self, x_TD: torch.Tensor, out_TO: torch.Tensor | None = None) -> torch.Tensor:
         if self.bias is not None:

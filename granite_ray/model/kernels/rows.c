@@ -4,7 +4,7 @@
 
 enum { FEW = 16 };  // rows: to wake other threads for them takes longer than they do
 
-// out[m, out_size] = x[m, size] · w[out_size, size]ᵀ; out_size is a multiple of 4.
+// out[m, out_size] = x[m, size] · w[out_size, size]ᵀ; out_size is 4 at the least.
 void linear(const bf16 *x, const bf16 *w, bf16 *out, int64_t m, int64_t size, int64_t out_size,
             int threads) {
   int64_t num_tasks = (out_size + ROWS_A_TASK - 1) / ROWS_A_TASK;

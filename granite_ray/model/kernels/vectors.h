@@ -107,12 +107,14 @@ INLINE void multiply(const bf16 *w, int64_t w_stride, const bf16 *x, int64_t x_s
   }
 }
 
-// Columns first to last of out[m, out_size] = x[m, size] · w[out_size, size]ᵀ.
+// Columns first to last of out[m, out_size] = x[m, size] · w[out_size, size]ᵀ. At the end, where
+// fewer than ROWS may be left, the last ROWS are done, some of them a second time.
 INLINE void product(const bf16 *x, const bf16 *w, bf16 *out, int64_t m, int64_t size,
                     int64_t out_size, int64_t first, int64_t last) {
   __m128 sums[MAX_TOKENS];
   int64_t bytes = ROWS * size * sizeof(bf16), distance = bytes < AHEAD ? AHEAD : bytes;
-  for (int64_t row = first; row < last; row += ROWS)
+  for (int64_t next = first; next < last; next += ROWS) {
+    int64_t row = smaller(next, out_size - ROWS);
     for (int64_t t = 0; t < m; t += MAX_TOKENS) {
       int64_t num = smaller(m - t, MAX_TOKENS);
       const char *ahead = t ? NULL : (const char *)(w + row * size) + distance;
@@ -121,6 +123,7 @@ INLINE void product(const bf16 *x, const bf16 *w, bf16 *out, int64_t m, int64_t 
         _mm_storel_epi64((__m128i *)(out + (t + c) * out_size + row),
                          (__m128i)_mm_cvtneps_pbh(sums[c]));
     }
+  }
 }
 
 // Columns first to last of inner[m, width] = silu(gate) · up, where gate_up[m, 2 width] is given.
