@@ -49,6 +49,9 @@ class BatchRunner:
                 await self._run_all(lease)
             except (LeaseError, InfrastructureError, FileExistsError) as error:
                 logger.warning("batch runner begins again error=%s", error)
+            except Exception:
+                # The batches of all callers wait for this loop: no bug may end it unheard.
+                logger.exception("batch runner failed, and begins again")
             finally:
                 with suppress(InfrastructureError, FileExistsError):
                     lease.release()

@@ -86,6 +86,26 @@ def test_requests_that_are_wrong_go_to_the_error_file(serve):
     assert (ended.request_counts.completed, ended.request_counts.failed) == (1, 3)
 
 
+def test_a_bug_in_the_runner_delays_batches_and_ends_none(serve, monkeypatch):
+    server = serve()
+    unfinished, calls = server.gateway.batches.unfinished, []
+
+    def fail_once(names):
+        calls.append(names)
+        if len(calls) == 1:
+            raise KeyError("a bug")
+        return unfinished(names)
+
+    monkeypatch.setattr(server.gateway.batches, "unfinished", fail_once)
+
+    async def run():
+        async with server.running():
+            return await server.ended((await create(server, [line(0)])).id)
+
+    assert asyncio.run(run()).status == "completed"
+    assert len(calls) > 1
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
