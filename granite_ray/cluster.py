@@ -32,6 +32,10 @@ SPARE_CPUS = 2
 STOP_TIMEOUT_S = 20.0
 CONNECT_TIMEOUT_S = 10.0
 POLL_S = 1.0
+STREAM_THREAD = "granite-ray-stream"
+STREAM_THREADS = (STREAM_THREAD, "StreamingExecutor", "ray-data-metadata-prefetch")
+"""Names, or how they begin, of the threads that call Ray while a dataset streams: ours, and Ray
+Data's, which waits two seconds for its own to end and then leaves them be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +123,20 @@ class Cluster:
 
 
 def stop_ray() -> bool:
-    """Leave or stop Ray within a bounded time; return whether it went."""
+    """Leave or stop Ray within a bounded time; return whether it went.
+
+    Not while a thread still asks it for something: Ray's core ends a process at once, with exit
+    code 1, that calls it after it was left. Whoever ends such a process does so by `os._exit`.
+    """
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for thread in threading.enumerate():
+        if thread.name.startswith(STREAM_THREADS):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                return False
     stopper = threading.Thread(target=ray.shutdown, daemon=True)
     stopper.start()
-    stopper.join(STOP_TIMEOUT_S)
+    stopper.join(max(0.0, deadline - time.monotonic()))
     return not stopper.is_alive()
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import ray
 
 from granite_ray.attempts import close_journal, start_journal
-from granite_ray.cluster import ReplicaResources
+from granite_ray.cluster import STREAM_THREAD, ReplicaResources
 from granite_ray.errors import ConfigError, GraniteRayError, InfrastructureError
 from granite_ray.io.sinks import CommitRecord
 from granite_ray.ranks import remove_ranks
@@ -250,7 +250,7 @@ class _Background:
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._dataset = dataset
         self._journal = journal
-        self._thread = threading.Thread(target=self._iterate, name="stream", daemon=True)
+        self._thread = threading.Thread(target=self._iterate, name=STREAM_THREAD, daemon=True)
         self._thread.start()
 
     def _iterate(self) -> None:

@@ -172,7 +172,7 @@ def test_a_signal_lets_the_shards_in_flight_finish_and_releases_the_lease(
     trace.mkdir()
     engines = TracedEngines(str(trace))
     # Far more shards than a replica takes at once: some have not begun when the signal comes.
-    small = {"documents_per_shard": 2}
+    small = {"documents_per_shard": 4}
     values = job_values(corpus, sink, engine=SLOWER, source=small, job={"grace_s": 60})
     with driver(tmp_path / "driver", {"config": values, "trace": str(trace)}, ray_address) as told:
         wait_until(lambda: result_files(sink), told)
