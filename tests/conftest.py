@@ -24,6 +24,8 @@ def isolated_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_raylet_start_wait_time_s", "240")  # a busy machine is no failure
+        # Ray's workers give way to all else by default, and the tests beside them never rest.
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
         patch.delenv("RAY_ADDRESS", raising=False)
@@ -50,7 +52,7 @@ def ray_address(isolated_home: Path) -> Iterator[str]:
     address = re.search(rf"{re.escape(LOOPBACK)}:\d+", started.stdout)
     assert address, started.stdout
     yield address[0]
-    stop_ray_processes(isolated_home)
+    stop_ray_processes(isolated_home, address[0])
 
 
 @pytest.fixture(scope="session")
@@ -68,15 +70,18 @@ def short_temporary_folder(home: Path) -> Path:
     return Path("/tmp") / f"gr-{os.getpid()}-{home.name[-8:]}"
 
 
-def stop_ray_processes(home: Path) -> None:
+def stop_ray_processes(home: Path, address: str) -> None:
     """End the processes of our own cluster, by process id, and no other Ray on this machine."""
     import psutil
 
     folder = str(short_temporary_folder(home))
     ours = [
         process
-        for process in psutil.process_iter(["cmdline", "environ"])
-        if any(folder in word for word in process.info["cmdline"] or ())
+        for process in psutil.process_iter(["cmdline"])
+        if any(
+            folder in word or word == f"--address={address}"
+            for word in process.info["cmdline"] or ()
+        )
     ]
     for process in ours:
         for child in [*process.children(recursive=True), process]:

@@ -151,7 +151,7 @@ def cluster(
     address = re.search(rf"{re.escape(LOOPBACK)}:\d+", started.stdout)
     assert address, started.stdout
     yield environment | {"RAY_ADDRESS": address[0]}
-    stop_ray_processes(home)
+    stop_ray_processes(home, address[0])
 
 
 @pytest.fixture(scope="module")

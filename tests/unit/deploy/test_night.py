@@ -89,8 +89,10 @@ def serving(server: Server) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         thread = threading.Thread(target=listening.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}"
-        listening.shutdown()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}"
+        finally:  # a closed server whose thread goes on would keep a core busy for ever
+            listening.shutdown()
 
 
 @pytest.fixture
