@@ -3,6 +3,7 @@
 plan shards → read documents → prepare chunks → generate answers → merge results → commit shards
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,13 @@ __all__ = [
     "run_job",
     "run_jobs",
 ]
+
+# A node whose daemon stands still neither answers nor refuses. Ray asks after five minutes of
+# silence whether a peer is there, and waits two more: longer than job.scheduling_timeout_s. Its
+# servers allow being asked every minute (src/ray/rpc/grpc_server.cc). These are read as `ray` is
+# imported: a program that imports it first keeps Ray's own.
+os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "65000")
+os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "20000")
 
 # A job starts many processes, each of which imports this package and needs little of it.
 _MODULES = {

@@ -54,7 +54,7 @@ def sections(checkpoint: Path, max_tokens: int = 16, **engine: Any) -> dict[str,
             **engine,
         },
         "task": {"max_tokens": max_tokens},
-        "job": {"scheduling_timeout_s": 120},
+        "job": {"scheduling_timeout_s": 200},
     }
 
 

@@ -26,7 +26,9 @@ def test_the_shards_of_a_dead_node_run_elsewhere_and_no_document_is_blamed(
     source, sink, trace = write_corpus(tmp_path / "in"), tmp_path / "out", tmp_path / "trace"
     trace.mkdir()
     engines = TracedEngines(str(trace))
-    job = {"config": job_values(source, sink, engine=SLOW), "trace": str(trace)}
+    # Ray needs a minute and a half to give up a daemon that stands still.
+    patient = {"scheduling_timeout_s": 200}
+    job = {"config": job_values(source, sink, engine=SLOW, job=patient), "trace": str(trace)}
     with (
         loopback_cluster(2, 3, 3) as cluster,
         driver(tmp_path / "driver", job, cluster.address) as run,
