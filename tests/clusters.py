@@ -6,13 +6,20 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from tests.conftest import RAY
+
+IMPATIENCE = {
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A node that does not answer is given up after some twenty seconds, a third of Ray's own time."""
 
 
 class LoopbackCluster:
@@ -21,7 +28,8 @@ class LoopbackCluster:
     The folders stand directly in /tmp, since Ray's sockets must have short paths.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = os.environ | environment
         self._folders: list[Path] = []
         self.address = ""
 
@@ -39,6 +47,7 @@ class LoopbackCluster:
                 f"--object-store-memory={100 * 1024**2}",
                 f"--temp-dir={self._folders[-1]}",
             ],
+            env=self._environment,
             capture_output=True,
             text=True,
             check=False,
@@ -87,9 +96,11 @@ class LoopbackCluster:
 
 
 @contextmanager
-def loopback_cluster(*num_cpus: int, num_gpus: int = 0) -> Iterator[LoopbackCluster]:
+def loopback_cluster(
+    *num_cpus: int, num_gpus: int = 0, environment: Mapping[str, str] | None = None
+) -> Iterator[LoopbackCluster]:
     """Start a cluster with one node for each number of CPUs, the head first; stop it in the end."""
-    cluster = LoopbackCluster()
+    cluster = LoopbackCluster(environment or {})
     try:
         for cpus in num_cpus:
             cluster.start_node(cpus, num_gpus)

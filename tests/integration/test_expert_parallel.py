@@ -15,7 +15,7 @@ import yaml
 
 from granite_ray import run_job
 from granite_ray.errors import ConfigError, InfrastructureError
-from tests.clusters import LoopbackCluster, loopback_cluster
+from tests.clusters import IMPATIENCE, LoopbackCluster, loopback_cluster
 from tests.corpus import job_values, make_config, write_corpus
 from tests.faults import TracedRanks, driver, is_gone, result_files, wait_until
 from tests.invariants import check_output, rows_of
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.ranks, pytest.mark.timeout(900)]
 RANK_TIMEOUT_S = 10.0
 """Far longer than a step of a tiny model takes on a busy machine."""
 NUM_DOCUMENTS = 50
-MANY_TOKENS = 60
-"""Of each answer, where something is to happen before all are written."""
+MANY_TOKENS = 300
+"""Of each answer, where something is to happen before all are written: the work of a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> A
 @pytest.fixture
 def cluster() -> Iterator[LoopbackCluster]:
     """Three nodes, joined by the test itself, which looks at what is left on them."""
-    with loopback_cluster(2, 4, 4) as started:
+    with loopback_cluster(2, 4, 4, environment=IMPATIENCE) as started:
         ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
         yield started
         ray.shutdown()
@@ -152,7 +152,7 @@ def run_disturbed(
             wait_until(lambda: len(trace.ranks()) >= 4, run, timeout_s=200)
             wait_until(lambda: len(result_files(tmp_path / "out")) > 0, run, timeout_s=200)
             disturb(trace)
-            assert run.wait(400) == 0, run.output()
+            assert run.wait(600) == 0, run.output()
         assert check_output(tmp_path / "out", NUM_DOCUMENTS) == expected
         assert len(trace.ranks()) > 4, "no replica was lost"
         check_nothing_is_left(trace)
