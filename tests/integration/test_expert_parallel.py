@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.ranks, pytest.mark.timeout(900)]
 RANK_TIMEOUT_S = 10.0
 """Far longer than a step of a tiny model takes on a busy machine."""
 NUM_DOCUMENTS = 50
-MANY_TOKENS = 300
+MANY_TOKENS = 200
 """Of each answer, where something is to happen before all are written: the work of a minute."""
 
 
