@@ -40,7 +40,7 @@ from granite_ray.programs import (
     StallWatch,
     run_programs,
 )
-from granite_ray.rank_worker import wait_passively
+from granite_ray.rank_worker import wait_briefly
 from granite_ray.ranks import RankedEngine
 from granite_ray.records import Result
 from granite_ray.stages import (
@@ -116,7 +116,7 @@ class ReplicaWorker:
             engine.shutdown()
 
     def _load(self, contexts: Sequence[StageContext], resources: ReplicaResources) -> None:
-        wait_passively()
+        wait_briefly()
         set_up_logging(contexts[0].config.job)
         config, checkpoint = contexts[0].config, local_checkpoint(contexts[0])
         self.engine = start_engine(contexts[0], checkpoint, resources)

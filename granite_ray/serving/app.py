@@ -24,7 +24,7 @@ from granite_ray.config import ServerConfig, load_server_config
 from granite_ray.engine.factory import make_engine
 from granite_ray.errors import ConfigError
 from granite_ray.io.storage import absolute, open_storage
-from granite_ray.rank_worker import wait_passively
+from granite_ray.rank_worker import wait_briefly
 from granite_ray.ranks import remove_ranks
 from granite_ray.serving.answerer import Answerer
 from granite_ray.serving.answering import TaskCache
@@ -68,7 +68,7 @@ class GraniteDeployment:
     """One replica: the model is loaded once, and everything in flight shares its engine."""
 
     def __init__(self, context: ServerContext, resources: ReplicaResources) -> None:
-        wait_passively()
+        wait_briefly()
         if resources.rank_bundle is not None:
             # Ray keeps the room of ranks whose replica was killed, and nobody could have it.
             remove_ranks(context.run_id, living=_living_actors())

@@ -15,6 +15,7 @@ from granite_ray.checkpoint import Checkpoint
 from granite_ray.config import EngineConfig, ModelConfig
 from granite_ray.engine.factory import Engine, make_engine
 from granite_ray.errors import InfrastructureError
+from granite_ray.rank_worker import SPINS
 from granite_ray.records import Completion, Grammar, Prompt, SamplingParams, Shard, ShardPart
 from granite_ray.stages import ShardWork, pack, read_work, unpack, write_work
 from tests.corpus import make_config, write_corpus
@@ -36,7 +37,7 @@ class BreakingEngines:
         num_threads: int | None = None,
     ) -> Engine:
         # Where OpenMP reads it: set, and torch, which brings OpenMP, not loaded yet.
-        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert os.environ["GOMP_SPINCOUNT"] == str(SPINS)
         assert "torch" not in sys.modules
         assert "libgomp" not in Path("/proc/self/maps").read_text()
         started = self.pids()
@@ -101,21 +102,21 @@ def test_engines_that_always_break_end_in_rows_that_say_so_after_bounded_deaths(
     assert len(engines.pids()) == 2 + 2 * 2 + 1
 
 
-def test_openmp_itself_says_that_its_threads_wait_passively() -> None:
+def test_openmp_itself_says_that_its_threads_wait_briefly() -> None:
     program = (
-        "import sys; from granite_ray.workers import wait_passively; "
-        "assert 'torch' not in sys.modules, 'too late'; wait_passively(); import torch"
+        "import sys; from granite_ray.workers import wait_briefly; "
+        "assert 'torch' not in sys.modules, 'too late'; wait_briefly(); import torch"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=environment | {"OMP_DISPLAY_ENV": "TRUE"},
+        env=environment | {"OMP_DISPLAY_ENV": "VERBOSE"},
         capture_output=True,
         text=True,
         check=True,
         timeout=100,
     )
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
 
 
 def test_work_travels_as_json_without_loss() -> None:

@@ -141,7 +141,9 @@ void attend(const bf16 *queries, int64_t query_stride, const bf16 *keys, const b
             int threads) {
   int64_t row = num_kv_heads * head_dim, num_heads = num_kv_heads * group;
   int64_t heads_a_part = (num_kv_heads + parts - 1) / parts * group;
-#pragma omp parallel num_threads(threads)
+  int64_t num_read = 0;
+  for (int64_t s = 0; s < num_sequences; s++) num_read += 2 * num_keys[s] * row;
+#pragma omp parallel num_threads(crew(group, num_read, threads))
   {
     float *own = scores + omp_get_thread_num() * heads_a_part * room;
     float *mixed = own + room - head_dim;

@@ -40,7 +40,8 @@ void experts(const bf16 *x, const int64_t *expert_ids, const bf16 *weights, int6
   bf16 *asked = room, *said = asked + num_pairs * size;
   bf16 *gate_up = said + num_pairs * size, *inner = gate_up + num_pairs * 2 * width;
   int64_t in_tasks = width / ROWS_A_TASK, out_tasks = (size + ROWS_A_TASK - 1) / ROWS_A_TASK;
-#pragma omp parallel num_threads(threads)
+  int64_t num_weights = 3 * pairs.num_used * size * width;
+#pragma omp parallel num_threads(crew(num_pairs / larger(1, pairs.num_used), num_weights, threads))
   {
 #pragma omp for
     for (int64_t p = 0; p < starts[num_experts]; p++)

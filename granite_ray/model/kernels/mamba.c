@@ -79,7 +79,7 @@ void mamba_step(const Mamba *mamba, const bf16 *projected, int64_t row_stride,
   const int64_t heads = mamba->num_heads, dim = mamba->head_dim, size = mamba->state_size;
   const int64_t inner = heads * dim, shared = mamba->groups * size, channels = inner + 2 * shared;
   float *convolved = room, *read = room + num_sequences * channels;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(crew(1, 2 * num_sequences * inner * size, threads))
   {
 #pragma omp for
     for (int64_t s = 0; s < num_sequences; s++)

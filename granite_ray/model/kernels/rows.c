@@ -8,7 +8,7 @@ enum { FEW = 16 };  // rows: to wake other threads for them takes longer than th
 void linear(const bf16 *x, const bf16 *w, bf16 *out, int64_t m, int64_t size, int64_t out_size,
             int threads) {
   int64_t num_tasks = (out_size + ROWS_A_TASK - 1) / ROWS_A_TASK;
-#pragma omp parallel for schedule(dynamic, 2) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 2) num_threads(crew(m, size *out_size, threads))
   for (int64_t task = 0; task < num_tasks; task++) {
     int64_t first = task * ROWS_A_TASK;
     product(x, w, out, m, size, out_size, first, smaller(first + ROWS_A_TASK, out_size));

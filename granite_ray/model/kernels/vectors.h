@@ -18,11 +18,20 @@
 typedef uint16_t bf16;
 
 enum { WIDE = 32, ROWS = 4, MAX_TOKENS = 4, ROWS_A_TASK = 64, PIECE = 64 };
+enum { FEW_WEIGHTS = 1 << 18, ROWS_A_READ = 8 };
 enum { LINE = 64, AHEAD = 8192 };  // bytes: what is fetched at once, and how far ahead at the least
 
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// How many threads share a product of m rows and so many weights. Waking the others takes as long
+// as FEW_WEIGHTS do; a row takes ROWS_A_READ-th of what reading its weights does.
+INLINE int crew(int64_t m, int64_t num_weights, int threads) {
+  return num_weights * larger(1, m / ROWS_A_READ) < FEW_WEIGHTS ? 1 : threads;
+}
 
 INLINE __m512bh load32(const bf16 *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
