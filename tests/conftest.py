@@ -62,6 +62,8 @@ def joined_ray(ray_address: str) -> Iterator[None]:
 
     ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
     yield
+    assert ray.is_initialized(), "a test left the Ray that all had joined"
+    assert ray.get_runtime_context().gcs_address == ray_address
     ray.shutdown()
 
 

@@ -23,6 +23,8 @@ def test_a_signal_that_ray_takes_while_it_starts_ends_the_run_as_any_other(
 
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # Other tests in this process have joined a Ray, and go on with it.
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = make_config(tmp_path, tmp_path / "out")
     with pytest.raises(InterruptedRunError) as ended, Cluster(config.job, config.engine) as cluster:
