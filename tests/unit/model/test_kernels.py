@@ -306,9 +306,10 @@ HYBRID = {
     "layer_types": ["mamba", "attention", "mamba", "mamba"],
     "shared_intermediate_size": 64,
     "position_embedding_type": None,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 32,
-    "mamba_d_state": 32,
+    "mamba_expand": 8,
+    "mamba_n_heads": 16,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,  # enough for a step to be shared among threads
     "mamba_n_groups": 2,
 }
 MODELS = {
