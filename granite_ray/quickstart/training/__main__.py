@@ -12,19 +12,20 @@ import torch
 
 from granite_ray.errors import ConfigError
 from granite_ray.quickstart.make_tokenizer import CHECKPOINT_PATH
+from granite_ray.quickstart.training.bag import learn_bag, set_bag_heads
 from granite_ray.quickstart.training.card import write_card
 from granite_ray.quickstart.training.checkpoint import architecture, write_checkpoint
 from granite_ray.quickstart.training.data import read_data
 from granite_ray.quickstart.training.exam import make_exam
-from granite_ray.quickstart.training.induction import set_induction_head
+from granite_ray.quickstart.training.induction import set_copying_heads
 from granite_ray.quickstart.training.lessons import Lessons
 from granite_ray.quickstart.training.network import Network
-from granite_ray.quickstart.training.run import Training
+from granite_ray.quickstart.training.run import STATE_FILE, Training
 from granite_ray.quickstart.training.summary import summarize_training, write_summary
 from granite_ray.tokenizer import load_tokenizer
 
-SEED = 20
-NUM_STEPS = 3_000
+SEED = 1
+NUM_STEPS = 4_400
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,11 @@ def train(arguments: argparse.Namespace) -> None:
     data = read_data(arguments.lists, arguments.changelogs)
     tokenizer = load_tokenizer(str(arguments.tokenizer))
     network = Network(architecture(tokenizer), arguments.seed)
-    set_induction_head(network, arguments.seed)
     network.to(arguments.device)
     lessons = Lessons(data, tokenizer, arguments.seed)
+    if not (arguments.work / STATE_FILE).exists():
+        set_bag_heads(network, learn_bag(network, lessons.bag_lessons(), arguments.seed))
+        set_copying_heads(network, arguments.seed)
     training = Training(network, lessons, arguments.work, arguments.steps, arguments.seed)
     training.run(make_exam(data, tokenizer))
     write_summary(summarize_training(training, network, data), arguments.work)

@@ -4,11 +4,13 @@ That is easier than writing an answer, and says sooner whether a training goes w
 answers are, `granite-ray eval` measures on jobs.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from granite_ray.quickstart.training.batches import make_batch
 from granite_ray.quickstart.training.data import Data
-from granite_ray.quickstart.training.groups import Epochs, Group, ask_about
+from granite_ray.quickstart.training.groups import Epochs, Group, Row, ask_about
 from granite_ray.quickstart.training.lessons import (
     ANSWER_WEIGHT,
     description_sizes,
@@ -22,13 +24,15 @@ from granite_ray.quickstart.training.timetable import Kind
 from granite_ray.tasks.wording import compact_json
 from granite_ray.tokenizer import Tokenizer
 
-NUM_GROUPS = 16
-"""Of each kind."""
+NUM_GROUPS: Mapping[Kind, int] = {"section": 64, "synopsis": 16, "entry": 16}
+"""A label is one thing to know of a text, a synopsis or a record are many."""
 
 Exam = dict[Kind, list[Group]]
 
 
-def make_exam(data: Data, tokenizer: Tokenizer, num_groups: int = NUM_GROUPS) -> Exam:
+def make_exam(
+    data: Data, tokenizer: Tokenizer, num_groups: Mapping[Kind, int] = NUM_GROUPS
+) -> Exam:
     """Return questions about held-out texts, always the same, with nothing to predict but answers.
 
     A long text is asked about by its first chunk, and the answer is what that says.
@@ -39,17 +43,19 @@ def make_exam(data: Data, tokenizer: Tokenizer, num_groups: int = NUM_GROUPS) ->
     def ask(
         kind: Kind, texts: list[list[int]], answers: list[str], sizes: list[int]
     ) -> list[Group]:
-        encoded = [[*token_ids, end] for token_ids in tokenizer.encode_texts(answers)]
+        encoded = [
+            Row([*token_ids, end], [ANSWER_WEIGHT] * (len(token_ids) + 1))
+            for token_ids in tokenizer.encode_texts(answers)
+        ]
         return [
             ask_about(
                 kind,
                 shapes[kind],
                 [texts[index] for index in indexes],
                 [encoded[index] for index in indexes],
-                ANSWER_WEIGHT,
                 lambda: 0.0,
             )
-            for indexes in Epochs(kind, sizes, seed=0).groups(0)[:num_groups]
+            for indexes in Epochs(kind, sizes, seed=0).groups(0)[: num_groups[kind]]
         ]
 
     packages = data.held_out_packages

@@ -37,8 +37,7 @@ def ask_about(
     kind: Kind,
     shape: PromptShape,
     texts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    weight: float,
+    answers: Sequence[Row],
     reading_weight: Callable[[], float],
 ) -> Group:
     """Ask the same of each text, as long as there is room.
@@ -47,8 +46,7 @@ def ask_about(
         kind: What is asked.
         shape: The prompt around each text.
         texts: Token ids.
-        answers: Token ids that should follow, the end of the turn included.
-        weight: What predicting each token of an answer counts.
+        answers: What should follow, the end of the turn included.
         reading_weight: Draws what predicting a token of a text counts.
     """
     rows: list[Row] = []
@@ -56,9 +54,9 @@ def ask_about(
     for text, answer in zip(texts, answers, strict=True):
         if room < 0:
             break  # a prompt that comes after each text takes more than its share
-        token_ids = [*text, *shape.after, *answer]
+        token_ids = [*text, *shape.after, *answer.token_ids]
         weights = [reading_weight() for _ in text]
-        weights += [0.0] * len(shape.after) + [weight] * len(answer)
+        weights += [0.0] * len(shape.after) + answer.weights
         weights[0] = 0.0  # what comes before it belongs to the whole group
         rows.append(Row(token_ids, weights))
         room -= len(token_ids)

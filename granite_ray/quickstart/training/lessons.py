@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from granite_ray.quickstart.changelogs import ChangelogEntry
+from granite_ray.quickstart.training.bag import BagLesson
 from granite_ray.quickstart.training.data import Data
 from granite_ray.quickstart.training.disguise import Disguise
 from granite_ray.quickstart.training.groups import GROUP_TOKENS, Epochs, Group, Row, ask_about
@@ -39,6 +40,8 @@ NUM_OTHER_LABELS = 24
 DISGUISE_SHARE = 0.7
 LABEL_WEIGHT = 4.0
 ANSWER_WEIGHT = 1.0
+GUESS_WEIGHT = 0.4
+"""Of a token of a synopsis that stands nowhere in its text."""
 READING_WEIGHTS: dict[Kind, float] = {"section": 0.3, "synopsis": 0.3, "entry": 0.1}
 """What predicting the text itself counts, on a sample of its tokens."""
 READ_SHARE = 0.3
@@ -55,6 +58,10 @@ class Lessons:
         self._disguise = Disguise([package.name for package in data.packages], people)
         encoded = tokenizer.encode_texts([package.text for package in data.packages])
         self._texts = [token_ids[:MAX_TEXT_TOKENS] for token_ids in encoded]
+        # Words are the same at the beginning of a line as within it.
+        self._folded = [
+            tokenizer.decode([token_id]).strip().lower() for token_id in range(tokenizer.vocab_size)
+        ]
         shapes = PromptShapes(tokenizer)
         self._sections = shapes.classify(data.labels)
         self._synopses = shapes.summarize()
@@ -86,6 +93,16 @@ class Lessons:
             case _:
                 return self._ask_records(kind, indexes, lot)
 
+    def bag_lessons(self) -> list[BagLesson]:
+        """Return what a bag of words can learn: sections and synopses of all descriptions."""
+        packages = self._data.packages
+        labels = self._tokenizer.encode_texts([package.section for package in packages])
+        synopses = self._tokenizer.encode_texts([package.synopsis for package in packages])
+        return [
+            BagLesson(text[:MAX_DESCRIPTION_TOKENS], label[0], synopsis)
+            for text, label, synopsis in zip(self._texts, labels, synopses, strict=True)
+        ]
+
     def digest(self) -> str:
         """Return the SHA-256 of the data, in the prompts and tokens in which it is taught."""
         digest = hashlib.sha256(self._data.digest().encode())
@@ -116,31 +133,30 @@ class Lessons:
         packages = self._data.packages
         known = [index for index in indexes if packages[index].section in names] or indexes
         texts = [crop(self._texts[index], lot) for index in known]
-        answers = [self._answer(packages[index].section) for index in known]
-        read = _reader("section", lot)
-        group = ask_about("section", shape, texts, answers, LABEL_WEIGHT, read)
+        answers = [self._answer(packages[index].section, LABEL_WEIGHT) for index in known]
+        group = ask_about("section", shape, texts, answers, _reader("section", lot))
         if lot.random() < SECOND_TURN_SHARE:
-            self._ask_again(group, [packages[index].synopsis for index in known], lot)
+            synopses = [packages[index].synopsis for index in known]
+            self._ask_again(group, list(map(self._synopsis, synopses, texts)), lot)
         return group
 
-    def _ask_again(self, group: Group, synopses: Sequence[str], lot: random.Random) -> None:
+    def _ask_again(self, group: Group, answers: Sequence[Row], lot: random.Random) -> None:
         """Let each row go on with another turn, about the same text."""
         instruction = lot.choice(SYNOPSIS_INSTRUCTIONS[1:])
         turn = self._tokenizer.encode_template(
             f"\n<|start_of_role|>user<|end_of_role|>{instruction}<|end_of_text|>\n"
             "<|start_of_role|>assistant<|end_of_role|>"
         )
-        for row, synopsis in zip(group.rows, synopses, strict=False):  # late texts found no room
-            answer = self._answer(synopsis)
-            row.token_ids.extend([*turn, *answer])
-            row.weights.extend([0.0] * len(turn) + [ANSWER_WEIGHT] * len(answer))
+        for row, answer in zip(group.rows, answers, strict=False):  # late texts found no room
+            row.token_ids.extend([*turn, *answer.token_ids])
+            row.weights.extend([0.0] * len(turn) + answer.weights)
 
     def _ask_synopses(self, indexes: Sequence[int], lot: random.Random) -> Group:
         shape = lot.choice(self._synopses)
-        answers = [self._answer(self._data.packages[index].synopsis) for index in indexes]
         texts = [crop(self._texts[index], lot) for index in indexes]
-        read = _reader("synopsis", lot)
-        return ask_about("synopsis", shape, texts, answers, ANSWER_WEIGHT, read)
+        synopses = [self._data.packages[index].synopsis for index in indexes]
+        answers = list(map(self._synopsis, synopses, texts))
+        return ask_about("synopsis", shape, texts, answers, _reader("synopsis", lot))
 
     def _ask_records(self, kind: Kind, indexes: Sequence[int], lot: random.Random) -> Group:
         texts, answers = [], []
@@ -149,7 +165,7 @@ class Lessons:
             texts.append(token_ids)
             answers.append(self._answer(compact_json(record_of(text))))
         shape = lot.choice(self._records)
-        return ask_about(kind, shape, texts, answers, ANSWER_WEIGHT, _reader(kind, lot))
+        return ask_about(kind, shape, texts, answers, _reader(kind, lot))
 
     def _changelog(self, kind: Kind, index: int, lot: random.Random) -> str:
         """Return an entry, or a piece of several neighbours: as a rule they are of one source."""
@@ -186,8 +202,23 @@ class Lessons:
             return piece
         return [lot.randrange(MIN_COPIED_ID, self._tokenizer.vocab_size) for _ in range(length)]
 
-    def _answer(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode_text(text), self._tokenizer.eos_token_ids[0]]
+    def _answer(self, text: str, weight: float = ANSWER_WEIGHT) -> Row:
+        token_ids = [*self._tokenizer.encode_text(text), self._tokenizer.eos_token_ids[0]]
+        return Row(token_ids, [weight] * len(token_ids))
+
+    def _synopsis(self, synopsis: str, text: Sequence[int]) -> Row:
+        """Return a synopsis to write: what cannot be read in the text is a guess and counts less.
+
+        A model of this size guesses badly: it had better say what it has read.
+        """
+        answer = self._answer(synopsis)
+        read = {self._folded[token_id] for token_id in text}
+        last = len(answer.token_ids) - 1
+        weights = [
+            ANSWER_WEIGHT if at == last or self._folded[token_id] in read else GUESS_WEIGHT
+            for at, token_id in enumerate(answer.token_ids)
+        ]
+        return Row(answer.token_ids, weights)
 
 
 def description_sizes(texts: Sequence[Sequence[int]]) -> list[int]:

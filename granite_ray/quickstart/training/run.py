@@ -18,18 +18,18 @@ from granite_ray.errors import ConfigError
 from granite_ray.quickstart.training.batches import make_batch
 from granite_ray.quickstart.training.exam import Exam, examine
 from granite_ray.quickstart.training.groups import GROUP_TOKENS, Group
-from granite_ray.quickstart.training.lessons import ANSWER_WEIGHT, LABEL_WEIGHT, Lessons
+from granite_ray.quickstart.training.lessons import GUESS_WEIGHT, LABEL_WEIGHT, Lessons
 from granite_ray.quickstart.training.network import Network
 from granite_ray.quickstart.training.timetable import Kind, deal_groups
 
 STEP_TOKENS = 4_000
-COPYING_UNTIL = 0.08
+COPYING_UNTIL = 0.1
 """Share of the steps that are for copying first of all."""
 CONSTANT_UNTIL = 0.4
 """Share of the steps before the learning rates fall, linearly, to nothing."""
 NUM_WARMING = 20
 """Steps in which the learning rates rise."""
-MUON_RATE = 0.015
+MUON_RATE = 0.01
 EMBEDDING_RATE = 1e-3
 ADAM_RATE = 5e-4
 BALANCE_WEIGHT = 0.01
@@ -185,6 +185,6 @@ def _answer_losses(
     told: dict[Kind, list[float]] = {}
     sizes = [sum(weight > 0 for row in group.rows for weight in row.weights) for group in groups]
     for group, loss, weight in zip(groups, losses.split(sizes), weights.split(sizes), strict=True):
-        least = LABEL_WEIGHT if group.kind == "section" else ANSWER_WEIGHT
+        least = LABEL_WEIGHT if group.kind == "section" else GUESS_WEIGHT
         told.setdefault(group.kind, []).append(float(loss[weight >= least].mean()))
     return {kind: sum(all_) / len(all_) for kind, all_ in told.items()}

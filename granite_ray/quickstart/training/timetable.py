@@ -7,13 +7,13 @@ Kind = Literal["section", "synopsis", "entry", "history", "copy"]
 
 SHARES: dict[Kind, float] = {
     "section": 0.49,
-    "synopsis": 0.16,
-    "entry": 0.2,
-    "history": 0.1,
+    "synopsis": 0.1,
+    "entry": 0.22,
+    "history": 0.14,
     "copy": 0.05,
 }
 """Shares of all groups."""
-EARLY_COPY_SHARE = 0.4
+EARLY_COPY_SHARE = 0.5
 """Of the groups of the first phase: copying is learnt first, and carries the rest."""
 
 

@@ -17,7 +17,12 @@ from granite_ray.quickstart.training.data import Data, split_data
 from granite_ray.quickstart.training.disguise import Disguise
 from granite_ray.quickstart.training.exam import make_exam
 from granite_ray.quickstart.training.groups import GROUP_TOKENS, Epochs, Group
-from granite_ray.quickstart.training.lessons import ANSWER_WEIGHT, LABEL_WEIGHT, Lessons
+from granite_ray.quickstart.training.lessons import (
+    ANSWER_WEIGHT,
+    GUESS_WEIGHT,
+    LABEL_WEIGHT,
+    Lessons,
+)
 from granite_ray.quickstart.training.prompts import PromptShape, PromptShapes
 from granite_ray.quickstart.training.records import ENTRY_FIELDS, record_of
 from granite_ray.quickstart.training.timetable import SHARES, Kind, deal_groups
@@ -42,12 +47,12 @@ def groups(lessons: Lessons) -> list[Group]:
     return [group for number, kinds in enumerate(dealt) for group in lessons.step(kinds, number)]
 
 
-def answers_of(group: Group, tokenizer: Tokenizer, weight: float) -> Iterator[tuple[str, str]]:
-    """The text of each row before its answer, and the answer."""
+def answers_of(group: Group, tokenizer: Tokenizer, *weights: float) -> Iterator[tuple[str, str]]:
+    """The text of each row before its answer, and the answer, whose tokens have these weights."""
     for row in group.rows:
-        first = row.weights.index(weight)
+        first = next(at for at, weight in enumerate(row.weights) if weight in weights)
         last = first
-        while last < len(row.weights) and row.weights[last] == weight:
+        while last < len(row.weights) and row.weights[last] in weights:
             last += 1
         assert row.token_ids[last - 1] in tokenizer.eos_token_ids
         yield (
@@ -101,16 +106,32 @@ def test_sections_and_synopses_are_those_of_the_text(groups: list[Group], tokeni
     for group in groups:
         if group.kind not in ("section", "synopsis"):
             continue
-        weight = LABEL_WEIGHT if group.kind == "section" else ANSWER_WEIGHT
-        for shown, answer in answers_of(group, tokenizer, weight):
+        is_section = group.kind == "section"
+        weights = [LABEL_WEIGHT] if is_section else [ANSWER_WEIGHT, GUESS_WEIGHT]
+        for shown, answer in answers_of(group, tokenizer, *weights):
             names = [name for name in packages if f"{name} " in shown]
             if len(names) != 1:  # a piece from the middle does not tell its name
                 continue
             num_seen += 1
             package = packages[names[0]]
-            assert answer == (package.section if group.kind == "section" else package.synopsis)
-            assert group.kind != "section" or f"\n- {answer}\n" in shown
+            assert answer == (package.section if is_section else package.synopsis)
+            assert not is_section or f"\n- {answer}\n" in shown
     assert num_seen > 50
+
+
+def test_words_of_a_synopsis_that_stand_nowhere_in_its_text_count_less(
+    groups: list[Group], tokenizer: Tokenizer
+):
+    num_seen = 0
+    for row in (row for group in groups if group.kind == "synopsis" for row in group.rows):
+        pairs = list(zip(row.token_ids, row.weights, strict=True))
+        text = tokenizer.decode(row.token_ids)
+        if text.startswith("pack"):  # as its synopsis does
+            num_seen += 1
+            assert all(weight == ANSWER_WEIGHT for _, weight in pairs[-1:])
+            guessed = [one for one, weight in pairs if weight == GUESS_WEIGHT]
+            assert tokenizer.decode(guessed).strip() == "in short"
+    assert num_seen > 10
 
 
 def test_records_hold_what_stands_in_the_text_and_all_bugs(

@@ -1,6 +1,7 @@
 """A training that was stopped goes on as if it had not been, or is refused; and its model card."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from granite_ray.quickstart.training.lessons import Lessons
 from granite_ray.quickstart.training.network import Network
 from granite_ray.quickstart.training.run import Training
 from granite_ray.quickstart.training.summary import summarize_training, write_summary
+from granite_ray.quickstart.training.timetable import Kind
 from granite_ray.tokenizer import Tokenizer
 from tests.unit.quickstart.training.samples import SEED, make_network
 
 NUM_STEPS = 6
+ONE_EACH: Mapping[Kind, int] = {"section": 1, "synopsis": 1, "entry": 1}
 EVALUATION = {
     "task": "classify",
     "truth": "section",
@@ -127,7 +130,7 @@ def test_exam_finds_a_network_that_knows_nothing_at_the_loss_of_chance(
     network = small_network(tokenizer)
     with torch.no_grad():
         network.embedding *= 1e-4
-    told = examine(network, make_exam(data, tokenizer, num_groups=1))
+    told = examine(network, make_exam(data, tokenizer, num_groups=ONE_EACH))
     chance = float(torch.tensor(tokenizer.vocab_size).log())
     for kind in card.KINDS:
         assert told[f"{kind} loss"] == pytest.approx(chance, abs=0.05)
@@ -139,7 +142,7 @@ def test_card_tells_the_figures_of_training_and_jobs(
 ):
     work, out = tmp_path / "work", tmp_path / "out"
     training = Training(network, lessons, work, 1, SEED)
-    training.run(make_exam(data, tokenizer, num_groups=1))
+    training.run(make_exam(data, tokenizer, num_groups=ONE_EACH))
     write_summary(summarize_training(training, network, data), work)
     write_checkpoint(network, tokenizer, out)
     evaluation = tmp_path / "evaluation.json"
