@@ -84,7 +84,8 @@ class Bag:
         total_NH = sums[:, -weight_VH.shape[1] :]
         mean_NHD = sums[:, : -weight_VH.shape[1]].unflatten(1, (weight_VH.shape[1], -1))
         mean_NHD = mean_NHD / (total_NH[..., None] + 1e-6)  # all may have been passed over
-        return mean_NHD.flatten(1) @ self.out_CE.T @ self.embedding_VC.T
+        expected_NC: torch.Tensor = mean_NHD.flatten(1) @ self.out_CE.T
+        return expected_NC @ self.embedding_VC.T
 
 
 def learn_bag(network: Network, lessons: Sequence[BagLesson], seed: int) -> Bag:
@@ -150,7 +151,7 @@ def set_bag_heads(network: Network, bag: Bag) -> None:
 
 
 def _batches(lessons: Sequence[BagLesson], lot: random.Random) -> list[Sequence[BagLesson]]:
-    drawn = []
+    drawn: list[Sequence[BagLesson]] = []
     for _ in range(NUM_EPOCHS):
         order = lot.sample(lessons, len(lessons))
         drawn += [order[at : at + BATCH_TEXTS] for at in range(0, len(order), BATCH_TEXTS)]
