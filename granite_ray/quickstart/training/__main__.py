@@ -12,13 +12,13 @@ import torch
 
 from granite_ray.errors import ConfigError
 from granite_ray.quickstart.make_tokenizer import CHECKPOINT_PATH
-from granite_ray.quickstart.training.bag import learn_bag, set_bag_heads
+from granite_ray.quickstart.training.bag import learn_bag, set_bag_heads, share_right
 from granite_ray.quickstart.training.card import write_card
 from granite_ray.quickstart.training.checkpoint import architecture, write_checkpoint
 from granite_ray.quickstart.training.data import read_data
 from granite_ray.quickstart.training.exam import make_exam
 from granite_ray.quickstart.training.induction import set_copying_heads
-from granite_ray.quickstart.training.lessons import Lessons
+from granite_ray.quickstart.training.lessons import Lessons, bag_lessons
 from granite_ray.quickstart.training.network import Network
 from granite_ray.quickstart.training.run import STATE_FILE, Training
 from granite_ray.quickstart.training.summary import summarize_training, write_summary
@@ -49,7 +49,10 @@ def train(arguments: argparse.Namespace) -> None:
     network.to(arguments.device)
     lessons = Lessons(data, tokenizer, arguments.seed)
     if not (arguments.work / STATE_FILE).exists():
-        set_bag_heads(network, learn_bag(network, lessons.bag_lessons(), arguments.seed))
+        bag = learn_bag(network, bag_lessons(data.packages, tokenizer), arguments.seed)
+        right = share_right(bag, bag_lessons(data.held_out_packages, tokenizer))
+        logger.info("bag of words learnt: %.3f of held-out sections right", right)
+        set_bag_heads(network, bag)
         set_copying_heads(network, arguments.seed)
     training = Training(network, lessons, arguments.work, arguments.steps, arguments.seed)
     training.run(make_exam(data, tokenizer))

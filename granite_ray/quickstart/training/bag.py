@@ -1,4 +1,4 @@
-"""What single words say about sections and synopses: learnt in minutes, set into the network.
+"""What single words say about sections and synopses: soon learnt, and set into the network.
 
 A bag of tokens is one look at a whole text from nowhere: each token's embedding is weighed by how
 telling it is, and from the average, through a narrow projection, a label and the words of a
@@ -10,7 +10,6 @@ two hours.
 
 # V vocabulary, C model width, H heads, D head size, N texts of a batch
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ DROPPED_SHARE = 0.3
 EMBEDDING_RATE = 3e-3
 RATE = 2e-3
 SYNOPSIS_WEIGHT = 0.5
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +117,19 @@ def learn_bag(network: Network, lessons: Sequence[BagLesson], seed: int) -> Bag:
         embedding.grad[:, 0] = 0
         adam.step()
         adam.zero_grad()
-    logger.info("bag of words learnt: loss %.2f", loss.item())
     return Bag(embedding.detach(), *(weight.detach() for weight in others))
+
+
+def share_right(bag: Bag, lessons: Sequence[BagLesson]) -> float:
+    """Return the share of texts of whose labels the bag expects the right one most."""
+    labels = sorted({lesson.label for lesson in lessons})
+    num_right = 0
+    for start in range(0, len(lessons), BATCH_TEXTS):
+        batch = lessons[start : start + BATCH_TEXTS]
+        likeliest = bag.logits([lesson.text for lesson in batch])[:, labels].argmax(1)
+        pairs = zip(batch, likeliest.tolist(), strict=True)
+        num_right += sum(lesson.label == labels[place] for lesson, place in pairs)
+    return num_right / len(lessons)
 
 
 def set_bag_heads(network: Network, bag: Bag) -> None:

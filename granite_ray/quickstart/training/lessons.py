@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from granite_ray.quickstart.changelogs import ChangelogEntry
+from granite_ray.quickstart.packages import Package
 from granite_ray.quickstart.training.bag import BagLesson
 from granite_ray.quickstart.training.data import Data
 from granite_ray.quickstart.training.disguise import Disguise
@@ -92,16 +93,6 @@ class Lessons:
                 return self._ask_synopses(indexes, lot)
             case _:
                 return self._ask_records(kind, indexes, lot)
-
-    def bag_lessons(self) -> list[BagLesson]:
-        """Return what a bag of words can learn: sections and synopses of all descriptions."""
-        packages = self._data.packages
-        labels = self._tokenizer.encode_texts([package.section for package in packages])
-        synopses = self._tokenizer.encode_texts([package.synopsis for package in packages])
-        return [
-            BagLesson(text[:MAX_DESCRIPTION_TOKENS], label[0], synopsis)
-            for text, label, synopsis in zip(self._texts, labels, synopses, strict=True)
-        ]
 
     def digest(self) -> str:
         """Return the SHA-256 of the data, in the prompts and tokens in which it is taught."""
@@ -219,6 +210,20 @@ class Lessons:
             for at, token_id in enumerate(answer.token_ids)
         ]
         return Row(answer.token_ids, weights)
+
+
+def bag_lessons(packages: Sequence[Package], tokenizer: Tokenizer) -> list[BagLesson]:
+    """Return what a bag of words can learn of packages: their sections and synopses."""
+    columns = zip(
+        tokenizer.encode_texts([package.text for package in packages]),
+        tokenizer.encode_texts([package.section for package in packages]),
+        tokenizer.encode_texts([package.synopsis for package in packages]),
+        strict=True,
+    )
+    return [
+        BagLesson(text[:MAX_DESCRIPTION_TOKENS], section[0], synopsis)
+        for text, section, synopsis in columns
+    ]
 
 
 def description_sizes(texts: Sequence[Sequence[int]]) -> list[int]:

@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from granite_ray.quickstart.training import bag as bags
-from granite_ray.quickstart.training.bag import Bag, BagLesson, learn_bag, set_bag_heads
+from granite_ray.quickstart.training.bag import (
+    Bag,
+    BagLesson,
+    learn_bag,
+    set_bag_heads,
+    share_right,
+)
 from granite_ray.quickstart.training.batches import make_batch
+from granite_ray.quickstart.training.data import Data
 from granite_ray.quickstart.training.groups import Group, Row
-from granite_ray.quickstart.training.lessons import Lessons
+from granite_ray.quickstart.training.lessons import bag_lessons
 from granite_ray.quickstart.training.network import Network
 from granite_ray.tokenizer import Tokenizer
 from tests.unit.quickstart.training.samples import SECTIONS, make_network
@@ -46,20 +53,10 @@ def bag(network: Network) -> Bag:
         return learn_bag(network, [make_lesson(lot) for _ in range(2_000)], seed=4)
 
 
-def guesses(bag: Bag, lessons: list[BagLesson]) -> list[int]:
-    scores = bag.logits([lesson.text for lesson in lessons])[:, LABELS[0] :]
-    return [LABELS[place] for place in scores.argmax(1)]
-
-
-def share_right(guessed: list[int], lessons: list[BagLesson]) -> float:
-    pairs = zip(guessed, lessons, strict=True)
-    return sum(label == lesson.label for label, lesson in pairs) / len(lessons)
-
-
 def test_bag_names_labels_by_their_words_and_passes_over_the_others(
     bag: Bag, held_out: list[BagLesson]
 ):
-    assert share_right(guesses(bag, held_out), held_out) > 0.95
+    assert share_right(bag, held_out) > 0.95
     read = torch.nn.functional.normalize(bag.embedding_VC, dim=1)
     salience = (read @ bag.salience_HC.T).mean(1)
     assert salience[160:200].min() > salience[:NUM_FILLERS].mean()
@@ -76,11 +73,12 @@ def test_bag_learns_the_same_from_the_same_seed(network: Network):
 def test_network_guesses_what_the_bag_does_before_it_is_trained(
     network: Network, bag: Bag, held_out: list[BagLesson]
 ):
+    right = torch.tensor([LABELS.index(lesson.label) for lesson in held_out])
     before = losses(network, held_out).argmin(1)
     set_bag_heads(network, bag)
     after = losses(network, held_out).argmin(1)
-    assert share_right([LABELS[place] for place in before], held_out) < 0.5
-    assert share_right([LABELS[place] for place in after], held_out) > 0.8
+    assert (before == right).float().mean() < 0.5
+    assert (after == right).float().mean() > 0.8
 
 
 def losses(network: Network, lessons: list[BagLesson]) -> torch.Tensor:
@@ -94,9 +92,10 @@ def losses(network: Network, lessons: list[BagLesson]) -> torch.Tensor:
         return network(make_batch([Group("section", (1,), rows)]))[0].view(-1, len(LABELS))
 
 
-def test_lessons_for_the_bag_are_of_what_is_trained_on(lessons: Lessons, tokenizer: Tokenizer):
+def test_lessons_for_the_bag_are_sections_and_synopses(data: Data, tokenizer: Tokenizer):
     firsts = {tokenizer.encode_text(section)[0] for section in SECTIONS}
-    own = lessons.bag_lessons()
+    own = bag_lessons(data.packages, tokenizer)
+    assert len(own) == len(data.packages)
     assert {lesson.label for lesson in own} == firsts
     for lesson in own:
         name = tokenizer.decode(list(lesson.synopsis)).removesuffix(" in short")
