@@ -11,7 +11,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile
 .PHONY: run test test-slow check format lock clean
 
 run: .venv/installed
-	$(BIN)/python -m granite_ray.quickstart configs/quickstart.yaml
+	$(BIN)/python -m granite_ray.quickstart configs/quickstart*.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

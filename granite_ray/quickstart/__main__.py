@@ -16,10 +16,6 @@ from granite_ray.progress import default_console
 from granite_ray.quickstart.show import show
 from granite_ray.report import closing_words
 
-RANDOM_WEIGHTS = (
-    "The embedded checkpoint has random weights so far: the jobs are real, their answers are not."
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and show; return the worst exit code."""
@@ -39,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for config in configs:
         console.rule(f"{config.task.kind}: {config.task.instruction}", align="left")
         show(config, console)
-    console.print(RANDOM_WEIGHTS, style="bold")
     return max(codes)
 
 
