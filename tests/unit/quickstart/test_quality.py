@@ -79,11 +79,12 @@ def test_changelog_fields_are_found_and_stand_in_the_text() -> None:
     results = answer(config, rows)
     num_right = num_given = num_true = 0
     for row, result in zip(rows, results, strict=True):
-        given, true = flat(result.values["fields"]), flat(row["truth"])
+        # An answer that was cut off is a row that says so: nothing was found.
+        given, true = flat(result.values.get("fields", {})), flat(row["truth"])
         num_right += len(given & true)
         num_given += len(given)
         num_true += len(true)
-        for one in result.values["evidence"]:
+        for one in result.values.get("evidence", []):
             assert row["text"][one["start"] : one["end"]] == one["value"]
     assert 2 * num_right / (num_given + num_true) >= MIN_FIELD_F1
 

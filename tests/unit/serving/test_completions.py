@@ -203,13 +203,18 @@ def test_a_gap_is_filled_between_prompt_and_suffix(server):
 
 
 def test_an_answer_that_must_be_json_is_an_object(server):
-    values = {"response_format": {"type": "json_object"}, "temperature": 1.0, "max_tokens": 300}
-    answers = [chat(server, seed=seed, **values).choices[0] for seed in range(4)]
-    ended = [answer for answer in answers if answer.finish_reason == "stop"]
-    assert ended, "the seeds are chosen so that one ends"
-    for answer in ended:
-        assert isinstance(json.loads(answer.message.content), dict)
-    assert all(answer.message.content.lstrip().startswith("{") for answer in answers)
+    entry = "granite (1.2-3) unstable; urgency=low\n\n  * New release. (Closes: #829109)"
+    ask = {"role": "user", "content": f"Extract the fields of this Debian changelog entry.\n{entry}"}
+    values = {"response_format": {"type": "json_object"}, "messages": [ask], "max_tokens": 300}
+    choices = [
+        chat(server, temperature=temperature, seed=seed, **values).choices[0]
+        for temperature, seed in ((0, 0), (0.5, 1), (0.5, 2), (1.0, 3))
+    ]
+    ended = [choice for choice in choices if choice.finish_reason == "stop"]
+    assert ended, "the model was taught to end records of changelog entries"
+    for choice in ended:
+        assert isinstance(json.loads(choice.message.content), dict)
+    assert all(choice.message.content.lstrip().startswith("{") for choice in choices)
 
 
 @pytest.mark.parametrize(
