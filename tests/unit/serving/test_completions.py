@@ -204,7 +204,10 @@ def test_a_gap_is_filled_between_prompt_and_suffix(server):
 
 def test_an_answer_that_must_be_json_is_an_object(server):
     entry = "granite (1.2-3) unstable; urgency=low\n\n  * New release. (Closes: #829109)"
-    ask = {"role": "user", "content": f"Extract the fields of this Debian changelog entry.\n{entry}"}
+    ask = {
+        "role": "user",
+        "content": f"Extract the fields of this Debian changelog entry.\n{entry}",
+    }
     values = {"response_format": {"type": "json_object"}, "messages": [ask], "max_tokens": 300}
     choices = [
         chat(server, temperature=temperature, seed=seed, **values).choices[0]
