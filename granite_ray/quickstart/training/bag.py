@@ -4,7 +4,7 @@ A bag of tokens is one look at a whole text from nowhere: each token's embedding
 telling it is, and from the average, through a narrow projection, a label and the words of a
 synopsis are guessed (after fastText, arXiv 1607.01759). That is what an attention head with a
 constant query does; so the bag goes into a network as it is: embeddings, keys, values and outputs.
-On its own it names 65 % of held-out sections right; from random weights a network learnt 56 % in
+On its own it names 70 % of held-out sections right; from random weights a network learnt 56 % in
 two hours.
 """
 
