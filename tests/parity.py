@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from granite_ray.checkpoint import Checkpoint
+from granite_ray.checkpoint import Checkpoint, open_checkpoint
 from granite_ray.config import GenerateConfig, JobConfig
+from granite_ray.engine.factory import make_engine
 from granite_ray.prepare import documents_of, prepare_shard
 from granite_ray.records import (
     LLM,
@@ -102,6 +103,16 @@ class RecordingLLM:
 
     def count(self, text: str) -> int:
         return self.llm.count(text)
+
+
+def run_on_own_engine(config: JobConfig, rows: list[dict[str, Any]]) -> list[Result]:
+    """Run a job's rows on an engine made for them, in this process."""
+    checkpoint = open_checkpoint(config.model)
+    engine = make_engine(checkpoint, config.model, config.engine)
+    try:
+        return run_without_ray(config, checkpoint, engine, rows)
+    finally:
+        engine.shutdown()
 
 
 def run_without_ray(

@@ -8,12 +8,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from granite_ray.checkpoint import QUICKSTART_PATH, open_checkpoint
+from granite_ray.checkpoint import QUICKSTART_PATH
 from granite_ray.config import JobConfig, load_config, parse_config
-from granite_ray.engine.factory import make_engine
 from granite_ray.quickstart.make_corpus import CORPUS_PATH
 from granite_ray.records import Result
-from tests.parity import run_without_ray
+from tests.parity import run_on_own_engine
 from tests.schemas import closed
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -61,13 +60,7 @@ def config_of(task: dict[str, Any], backend: str) -> JobConfig:
 
 
 def answer(task: dict[str, Any], backend: str, rows: list[dict[str, Any]]) -> list[Result]:
-    config = config_of(task, backend)
-    checkpoint = open_checkpoint(config.model)
-    engine = make_engine(checkpoint, config.model, config.engine)
-    try:
-        return run_without_ray(config, checkpoint, engine, rows)
-    finally:
-        engine.shutdown()
+    return run_on_own_engine(config_of(task, backend), rows)
 
 
 def plain(result: Result) -> dict[str, Any]:

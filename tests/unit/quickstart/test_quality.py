@@ -12,12 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from rouge_score.rouge_scorer import RougeScorer
 
-from granite_ray.checkpoint import open_checkpoint
 from granite_ray.config import JobConfig, load_config
-from granite_ray.engine.factory import make_engine
 from granite_ray.job import EMBEDDED_SOURCES
 from granite_ray.records import Result
-from tests.parity import run_without_ray
+from tests.parity import run_on_own_engine
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 Rows = list[dict[str, Any]]
@@ -35,15 +33,6 @@ def read_rows(config: JobConfig) -> Rows:
     return [{**row, "text": row[text]} for row in rows]
 
 
-def answer(config: JobConfig, rows: Rows) -> list[Result]:
-    checkpoint = open_checkpoint(config.model)
-    engine = make_engine(checkpoint, config.model, config.engine)
-    try:
-        return run_without_ray(config, checkpoint, engine, rows)
-    finally:
-        engine.shutdown()
-
-
 def values(results: Sequence[Result], name: str) -> list[Any]:
     assert all(result.error is None for result in results)
     return [result.values[name] for result in results]
@@ -52,7 +41,7 @@ def values(results: Sequence[Result], name: str) -> list[Any]:
 def test_sections_are_named_and_confidence_can_be_believed() -> None:
     config = load_config(CONFIGS / "quickstart.yaml")
     rows = read_rows(config)[::5]
-    results = answer(config, rows)
+    results = run_on_own_engine(config, rows)
     is_right = np.array(values(results, "label")) == [row["section"] for row in rows]
     assert is_right.mean() >= MIN_ACCURACY
     assert abs(np.mean(values(results, "confidence")) - is_right.mean()) <= 0.12
@@ -65,7 +54,7 @@ def test_sections_are_named_and_confidence_can_be_believed() -> None:
 def test_synopses_are_close_to_the_archives_own() -> None:
     config = load_config(CONFIGS / "quickstart_synopses.yaml")
     rows = read_rows(config)[::8]
-    summaries = values(answer(config, rows), "summary")
+    summaries = values(run_on_own_engine(config, rows), "summary")
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(rows, summaries, strict=True)
     scores = [scorer.score(row["synopsis"], text)["rougeL"].fmeasure for row, text in pairs]
@@ -76,7 +65,7 @@ def test_synopses_are_close_to_the_archives_own() -> None:
 def test_changelog_fields_are_found_and_stand_in_the_text() -> None:
     config = load_config(CONFIGS / "quickstart_changelogs.yaml")
     rows = read_rows(config)[::6]
-    results = answer(config, rows)
+    results = run_on_own_engine(config, rows)
     num_right = num_given = num_true = 0
     for row, result in zip(rows, results, strict=True):
         # An answer that was cut off is a row that says so: nothing was found.
@@ -108,7 +97,9 @@ def test_backends_agree_on_trained_weights() -> None:
         CONFIGS / "quickstart_changelogs.yaml",
         ["model.dtype=float32", "task.max_tokens=300", "engine.backend=transformers"],
     )
-    for one, other in zip(answer(config, rows), answer(reference, rows), strict=True):
+    for one, other in zip(
+        run_on_own_engine(config, rows), run_on_own_engine(reference, rows), strict=True
+    ):
         assert dataclasses.asdict(one) == dataclasses.asdict(other)
 
 
@@ -121,7 +112,7 @@ def test_entries_in_chunks_give_what_they_give_at_once() -> None:
     path = CONFIGS / "quickstart_changelogs.yaml"
     whole = load_config(path, ["chunking.max_tokens=1400"])
     cut = load_config(path, ["chunking.max_tokens=250"])
-    at_once, in_chunks = answer(whole, rows), answer(cut, rows)
+    at_once, in_chunks = run_on_own_engine(whole, rows), run_on_own_engine(cut, rows)
     assert all(result.num_chunks == 1 for result in at_once)
     assert all(result.num_chunks > 1 for result in in_chunks)
     same = [
